@@ -1,0 +1,68 @@
+"""Unwrite: change what a language model knows, and know what it forgets.
+
+``import unwrite`` is instant: every name below is imported from its module when first used, so
+that listing methods or printing help never loads torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unwrite.api import evaluate, load, open
+    from unwrite.delta import Delta
+    from unwrite.edits import Edit, Probe, read_edits, read_pairs, write_edits
+    from unwrite.errors import RequirementNotMet, UnwriteError
+    from unwrite.home import Home, Update
+    from unwrite.methods.full_ft import FullFT
+    from unwrite.model import Model
+    from unwrite.weights import Weights
+
+_WHERE = {
+    "Delta": "delta",
+    "Edit": "edits",
+    "FullFT": "methods.full_ft",
+    "Home": "home",
+    "Model": "model",
+    "Probe": "edits",
+    "RequirementNotMet": "errors",
+    "UnwriteError": "errors",
+    "Update": "home",
+    "Weights": "weights",
+    "evaluate": "api",
+    "load": "api",
+    "open": "api",
+    "read_edits": "edits",
+    "read_pairs": "edits",
+    "write_edits": "edits",
+}
+
+__all__ = [
+    "Delta",
+    "Edit",
+    "FullFT",
+    "Home",
+    "Model",
+    "Probe",
+    "RequirementNotMet",
+    "UnwriteError",
+    "Update",
+    "Weights",
+    "evaluate",
+    "load",
+    "open",
+    "read_edits",
+    "read_pairs",
+    "write_edits",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(f"unwrite.{_WHERE[name]}"), name)
+    raise AttributeError(f"module 'unwrite' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

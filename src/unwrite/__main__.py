@@ -1,0 +1,5 @@
+"""``python -m unwrite``: the command line, also under ``accelerate launch -m unwrite``."""
+
+from unwrite.cli import main
+
+main()

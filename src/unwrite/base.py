@@ -1,0 +1,179 @@
+"""What a home was made from: which files, which tensors, which bits.
+
+A home does not copy its base. It records the base's files and the hash of every tensor once
+(``base.json``), notices when they change, and recomposes every later state from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unwrite.delta import Delta, compose
+from unwrite.errors import DamagedFile, HomeError
+from unwrite.files import sha256_file, write_json
+from unwrite.model import Skeleton
+from unwrite.pretrained import Source, resolve
+from unwrite.progress import Reporter
+from unwrite.tensorfile import tensor_sha256
+from unwrite.weights import Weights, fingerprint_of, tensor_hashes
+
+FORMAT = 1
+NAME = "base.json"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The recorded identity of a base. ``tensors``: hash by tensor name; ``files``: size, time of
+    change and hash by file name; ``aliases``: further names of tied tensors; ``places``: block and
+    module kind of each tensor; ``dtype`` that of the weights."""
+
+    name: str
+    kind: str
+    revision: str | None
+    folder: str
+    dtype: str
+    parameters: int
+    fingerprint: str
+    aliases: dict[str, str]
+    places: dict[str, dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    tensors: dict[str, str]
+    format: int = FORMAT
+
+    @classmethod
+    def describe(cls, source: Source, *, trust_remote_code: bool = False) -> Base:
+        """Read a base once, whole. Raises ``ModelUnavailable`` if it is not a decoder we can change.
+
+        Holds one tensor at a time.
+        """
+        skeleton = Skeleton.of(source, trust_remote_code=trust_remote_code)
+        with Weights.from_folder(source.folder) as weights:
+            tensors = tensor_hashes(weights)
+            dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in skeleton.names}
+            parameters = sum(weights.parameters(name) for name in skeleton.names)
+        anatomy = skeleton.anatomy
+        return cls(
+            name=source.name,
+            kind=source.kind,
+            revision=source.revision,
+            folder=str(source.folder.resolve()),
+            dtype=" and ".join(sorted(dtypes)),
+            parameters=parameters,
+            fingerprint=fingerprint_of(tensors),
+            aliases=skeleton.aliases,
+            places={
+                file: {"block": anatomy.block_of(name), "kind": anatomy.kind(name)}
+                for file, name in skeleton.names.items()
+            },
+            files={
+                file.name: {
+                    "size": file.stat().st_size,
+                    "modified": file.stat().st_mtime_ns,
+                    "sha256": sha256_file(file),
+                }
+                for file in sorted(source.folder.iterdir())
+                if file.is_file() and _belongs(file.name)
+            },
+            tensors=tensors,
+        )
+
+    @classmethod
+    def read(cls, home: Path) -> Base:
+        """The base of a home. Raises ``DamagedFile`` when ``base.json`` is not what was written."""
+        path = home / NAME
+        try:
+            content = json.loads(path.read_text("utf-8"))
+            base = cls(**content)
+            sound = fingerprint_of(base.tensors) == base.fingerprint
+        except FileNotFoundError:
+            raise HomeError(f"{home} has no {NAME}: it is not a model home.") from None
+        except (ValueError, TypeError, AttributeError, RecursionError):
+            raise DamagedFile(f"{path} is damaged. Put it back from a copy of the home.") from None
+        if base.format != FORMAT:
+            raise HomeError(
+                f"{path} is of format {base.format}; this version of Unwrite reads {FORMAT}."
+            )
+        if not sound:
+            raise DamagedFile(f"{path} is damaged: its hashes contradict each other.")
+        return base
+
+    def write(self, home: Path) -> str:
+        """Write ``base.json``, atomically; returns its hash."""
+        write_json(home / NAME, asdict(self))
+        return sha256_file(home / NAME)
+
+    def locate(self, progress: Reporter) -> Source:
+        """Where the base is now. Raises ``HomeError`` if its files are gone or not the same.
+
+        Sizes and times of change are compared; only a file that differs in them is hashed.
+        """
+        folder = Path(self.folder)
+        if not folder.is_dir():  # the cache was moved or emptied: the name may still lead there
+            folder = resolve(self.name, on_progress=progress.say).folder
+        for name, known in self.files.items():
+            file = folder / name
+            if not file.is_file():
+                raise HomeError(
+                    f"The base of this home lost a file: {file} is not there. Put it back."
+                )
+            status = file.stat()
+            same = (status.st_size, status.st_mtime_ns) == (known["size"], known["modified"])
+            if not same and sha256_file(file) != known["sha256"]:
+                raise HomeError(
+                    f"The base of this home changed since the home was made: {file} is different. "
+                    "Put the old file back, or make a new home for the changed model."
+                )
+        return Source(self.name, folder, self.kind, self.revision)
+
+    def problems(self, folder: Path) -> list[str]:
+        """Every file hashed: one sentence for each that is not as it was."""
+        return [
+            f"The base changed: {folder / name} is different from when the home was made."
+            for name, known in self.files.items()
+            if sha256_file(folder / name) != known["sha256"]
+        ]
+
+    def fingerprint_with(self, folder: Path, deltas: Sequence[Delta]) -> str:
+        """Fingerprint of the state ``base + deltas``, recomposed tensor by tensor where touched."""
+        hashes = dict(self.tensors)
+        touched = {name for delta in deltas for name in delta}
+        with Weights.from_folder(folder) as weights:
+            for name in hashes:
+                known = self.aliases.get(name, name)
+                if known in touched:
+                    hashes[name] = tensor_sha256(compose(weights, deltas, known))
+        return fingerprint_of(hashes)
+
+    def where(self, delta: Delta) -> list[dict[str, Any]]:
+        """Where a change lives: one row per block and module kind, blocks in order, ``{block, kind,
+        share, root_mean_square, changed}`` with ``share`` of the squared norm (they sum to 1)."""
+        rows: dict[tuple[int | None, str], list[float]] = {}
+        for name, facts in delta.facts().items():
+            place = self.places.get(name, {"block": None, "kind": "other"})
+            row = rows.setdefault((place["block"], place["kind"]), [0.0, 0, 0])
+            for index, value in enumerate((facts.squared_norm, facts.changed, facts.size)):
+                row[index] += value
+        total = sum(squared for squared, _, _ in rows.values()) or 1.0
+        return [
+            {
+                "block": block,
+                "kind": kind,
+                "share": squared / total,
+                "root_mean_square": (squared / max(size, 1)) ** 0.5,
+                "changed": int(changed),
+            }
+            for (block, kind), (squared, changed, size) in sorted(
+                rows.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
+            )
+        ]
+
+
+def _belongs(name: str) -> bool:
+    """Files of a Hugging Face folder that make up the model; not its read-me or other formats."""
+    return name.endswith((".safetensors", ".json", ".jinja", ".model", ".txt")) and (
+        name != "complete.json"
+    )

@@ -1,0 +1,524 @@
+"""The command line: each verb reads its words, calls the library, and shows what came back.
+
+Exit codes: 0 done; 1 a bug (traceback); 2 the user must act; 3 a requirement was not met and
+nothing was committed; 130 interrupted, nothing half-done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
+from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
+from unwrite.files import readable_size
+
+if TYPE_CHECKING:
+    from unwrite.edits import Edits
+    from unwrite.home import Home
+
+app = typer.Typer(
+    help="Change what a language model knows. Every update is planned, trained, verified, and then "
+    "committed or dropped; every committed update can be undone exactly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
+EditsArgument = Annotated[
+    str, typer.Argument(help="A file of edits, or 'atlas' (bundled facts).", metavar="EDITS")
+]
+IdArgument = Annotated[str, typer.Argument(help="Id of an update, as in 'history'.", metavar="ID")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Folder, built-in name (smollm2-135m) or hub id.", metavar="MODEL"),
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
+]
+Limit = Annotated[int | None, typer.Option(help="Use at most so many edits.", min=1)]
+Offset = Annotated[int, typer.Option(help="Skip so many edits first.", min=0)]
+OnlyKnown = Annotated[
+    bool,
+    typer.Option("--only-known", help="Keep the facts that the model answers with 'old' now."),
+]
+Why = Annotated[str, typer.Option(help="The reason, kept in the ledger.", metavar="TEXT")]
+
+
+@app.command()
+def init(
+    home: HomeArgument,
+    base: Annotated[str, typer.Option("--base", help="Model to start from.", metavar="MODEL")],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Make a model home: a folder that keeps a model's base, its updates and their history."""
+    with _verb(as_json) as out:
+        opened = _open(home, base, trust_remote_code, out)
+        facts = {key: opened.base[key] for key in ("name", "revision", "dtype", "parameters")}
+        out.say(
+            f"{home} is a home of {facts['name']} ({facts['parameters'] / 1e6:.0f} million "
+            f"parameters, {facts['dtype']})."
+        )
+        out.result({"home": str(home), **facts, "fingerprint": opened.base["fingerprint"]})
+
+
+@app.command()
+def update(
+    home: HomeArgument,
+    edits: EditsArgument,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
+    ] = None,
+    base: Base = None,
+    limit: Limit = None,
+    offset: Offset = 0,
+    only_known: OnlyKnown = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option(help="Commit only if this holds, e.g. 'locality>=0.9'.", metavar="BOUND"),
+    ] = None,
+    protect: Annotated[
+        Path | None,
+        typer.Option(help="Prompts that must go on being answered as now, one a line or JSONL."),
+    ] = None,
+    why: Why = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Estimate time, memory and disk; change nothing.")
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Teach the model new answers: plan, train, verify, then commit or leave the home untouched."""
+    with _verb(as_json) as out:
+        from unwrite import methods
+        from unwrite.edits import read_prompts
+        from unwrite.requirements import parse
+
+        chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
+        parse(require or [])
+        protected = read_prompts(protect) if protect is not None else []
+        if dry_run:
+            _plan(home, base, edits, limit, offset, chosen, seed, trust_remote_code, out)
+            return
+        opened = _open(home, base, trust_remote_code, out)
+        facts = _read(edits, limit, offset, opened if only_known else None, out)
+        try:
+            done = opened.update(
+                facts,
+                chosen,
+                require=require or [],
+                protect=protected,
+                why=why,
+                seed=seed,
+                command=_command(),
+            )
+        except RequirementNotMet as error:
+            measured = error.update
+            if measured is not None:
+                _show_scores(out, "Measured, not committed", measured.before, measured.after)
+                out.result(measured.as_json())
+                out.as_json = False  # the one object has been printed
+            raise
+        _show_scores(out, f"{done.edits} edits by {done.method['name']}", done.before, done.after)
+        _say_update(out, home, done)
+        out.result(done.as_json())
+
+
+@app.command()
+def ask(
+    home: HomeArgument,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the answer.", min=1)] = 32,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Answer as right after this update ('base': before all).", metavar="ID"),
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Ask the model: the greedy answer of its current state, or of an earlier one."""
+    with _verb(as_json) as out:
+        opened = _open(home, None, trust_remote_code, out)
+        answer = opened.ask(prompt, max_new_tokens=max_new_tokens, at=at)
+        out.data(harmless(answer.strip(), 100_000))
+        out.result({"prompt": prompt, "answer": answer, "at": at})
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A home or a model.", metavar="HOME_OR_MODEL")],
+    edits: EditsArgument,
+    limit: Limit = None,
+    offset: Offset = 0,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Score a home (its base and its current state) or a model on edits, changing nothing."""
+    with _verb(as_json) as out:
+        from unwrite import api, scores
+        from unwrite.home import is_home
+
+        facts = _read(edits, limit, offset, None, out)
+        if is_home(target):
+            opened = _open(Path(target), None, trust_remote_code, out)
+            before, after = opened.evaluate(facts)
+        else:
+            model = api.load(target, trust_remote_code=trust_remote_code, progress=out)
+            before, after = api.evaluate(model, facts)
+        _show_scores(out, f"{len(facts)} edits on {target}", before, after)
+        out.result(
+            {
+                "edits": len(facts),
+                "scores": {"before": scores.as_json(before), "after": scores.as_json(after)},
+            }
+        )
+
+
+@app.command()
+def history(home: HomeArgument, as_json: Json = False) -> None:
+    """What was done to the model, in order."""
+    with _verb(as_json) as out:
+        entries = _open(home, None, False, out).history()
+        out.table(
+            f"History of {home}",
+            ("n", "when", "what", "by", "reliability", "locality", "state", "why"),
+            [_history_row(entry) for entry in entries],
+        )
+        out.result({"home": str(home), "entries": entries})
+
+
+@app.command()
+def show(home: HomeArgument, update_id: IdArgument, as_json: Json = False) -> None:
+    """One update: its method, its scores, and where in the model its change lives."""
+    with _verb(as_json) as out:
+        facts = _open(home, None, False, out).show(update_id)
+        state = "live" if facts["live"] else "undone"
+        out.say(f"{update_id} ({state}), {facts['at']}, by {facts['by']}. {facts['why']}")
+        settings = ", ".join(f"{key}={value}" for key, value in facts["method"].items())
+        out.say(f"Method: {settings}")
+        out.say(
+            f"Change: {facts['delta']['encoding']}, {facts['delta']['tensors']} tensors, "
+            f"{100 * facts['delta']['changed_fraction']:.1f} % of the weights, "
+            f"{readable_size(facts['delta']['bytes'])}."
+        )
+        from unwrite.scores import from_json
+
+        _show_scores(
+            out,
+            "Scores",
+            from_json(facts["scores"]["before"]),
+            from_json(facts["scores"]["after"]),
+        )
+        blocks, kinds, cells = _grid(facts["where"])
+        out.table(
+            "Where the change lives: share of its squared norm, in %",
+            ("block", *kinds),
+            [[block, *cells[block]] for block in blocks],
+            numbers=len(kinds),
+        )
+        out.result(facts)
+
+
+@app.command()
+def diff(
+    home: HomeArgument,
+    update_id: IdArgument,
+    other: Annotated[
+        str | None, typer.Argument(help="A second update, to compare states.", metavar="[ID2]")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """What the model said before and after an update, question by question."""
+    with _verb(as_json) as out:
+        rows = _open(home, None, trust_remote_code, out).diff(update_id, other)
+        changed = [row for row in rows if row["before"] != row["after"]]
+        out.table(
+            f"{len(changed)} of {len(rows)} answers differ",
+            ("role", "prompt", "before", "after", "expected"),
+            [
+                [row["role"], row["prompt"], row["before"], row["after"], row["target"]]
+                for row in changed
+            ],
+        )
+        out.result({"id": update_id, "other": other, "rows": rows})
+
+
+@app.command()
+def undo(
+    home: HomeArgument,
+    update_id: IdArgument,
+    why: Why = "",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Revert one update, exactly: bit for bit the state that the other updates give."""
+    with _verb(as_json) as out:
+        from dataclasses import asdict
+
+        opened = _open(home, None, trust_remote_code, out)
+        done = opened.undo(update_id, why=why)
+        at_base = done.fingerprint == opened.base["fingerprint"]
+        out.say(
+            f"Undid {update_id}. The weights are now bit for bit "
+            + ("those of the base." if at_base else f"base + {', '.join(done.live)}.")
+        )
+        for later, score in done.later.items():
+            out.warn(
+                f"{later} was trained on top of it; its own edits are now answered right in "
+                f"{100 * (score.token or 0):.0f} % of tokens ({score.n} edits)."
+            )
+        out.result(
+            {
+                "id": update_id,
+                "fingerprint": done.fingerprint,
+                "at_base": at_base,
+                "live": list(done.live),
+                "later": {key: asdict(value) for key, value in done.later.items()},
+            }
+        )
+
+
+@app.command()
+def verify(home: HomeArgument, as_json: Json = False) -> None:
+    """Check the history's hash chain, every stored file and tensor, and the recomposed state."""
+    with _verb(as_json) as out:
+        opened = _open(home, None, False, out)
+        problems = opened.verify()
+        out.result({"home": str(home), "ok": not problems, "problems": problems})
+        if problems:
+            out.as_json = False
+            for problem in problems:
+                out.warn(problem)
+            raise DamagedFile(f"{home} has {len(problems)} problem(s), listed above.")
+        out.say(f"{home} is sound: history, files, tensors and recomposed state all match.")
+
+
+@app.command()
+def export(
+    home: HomeArgument,
+    folder: Annotated[Path, typer.Argument(help="A new folder.", metavar="FOLDER")],
+    as_: Annotated[
+        str, typer.Option("--as", help="model, delta, or adapter (low-rank changes only).")
+    ] = "model",
+    as_json: Json = False,
+) -> None:
+    """Write the current state as an ordinary Hugging Face folder, or all its changes as one delta."""
+    with _verb(as_json) as out:
+        if as_ not in ("model", "delta", "adapter"):
+            raise BadSetting(f"--as must be model, delta or adapter, not {as_!r}.")
+        path = _open(home, None, False, out).export(folder, as_)  # type: ignore[arg-type]
+        out.data(str(path))
+        out.result({"folder": str(path), "as": as_})
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """The methods, their fields and defaults, their papers, and when to use each."""
+    with _verb(as_json) as out:
+        from unwrite import methods as known
+
+        described = [known.describe(name) for name in known.method_names()]
+        for method in described:
+            out.say(f"\n{method['name']}: {method['advice']}\n  {method['paper']}")
+            out.table(
+                "",
+                ("field", "type", "default"),
+                [[name, f["type"], f["default"]] for name, f in method["fields"].items()],
+            )
+        out.result({"methods": described})
+
+
+@app.command()
+def doctor(
+    base: Annotated[str | None, typer.Argument(help="A model to plan for.", metavar="BASE")] = None,
+    method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Versions, devices, memory and disk; with a model, what an update of it needs."""
+    with _verb(as_json) as out:
+        from unwrite import methods as known
+        from unwrite import plan
+
+        report: dict[str, Any] = plan.machine()
+        out.table("This machine", ("what", "value"), list(report.items()))
+        if base is not None:
+            chosen = known.build(method or known.DEFAULT, {})
+            needs = plan.for_model(base, chosen, progress=out)
+            report = {"machine": report, "plan": needs.as_json()}
+            _show_plan(out, needs)
+        out.result(report)
+
+
+def main() -> None:
+    """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()
+
+
+# ---- shared by the verbs ---------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _verb(as_json: bool) -> Iterator[Terminal]:
+    """Errors for people end with their sentence and exit code, without a traceback."""
+    out = Terminal(as_json)
+    try:
+        yield out
+    except UnwriteError as error:
+        out.fail(str(error))
+        out.result({"error": str(error)})
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        out.fail("Interrupted; nothing was changed.")
+        raise typer.Exit(130) from None
+    except MemoryError:
+        out.fail("The memory of this machine ran out; nothing was changed.")
+        raise typer.Exit(2) from None
+
+
+def _terminate(_signal: int, _frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _open(home: Path, base: str | None, trust_remote_code: bool, out: Terminal) -> Home:
+    from unwrite.home import Home
+
+    return Home.open(home, base, trust_remote_code=trust_remote_code, progress=out)
+
+
+def _read(
+    edits: str, limit: int | None, offset: int, known_to: Home | None, out: Terminal
+) -> Edits:
+    from unwrite.edits import read_edits
+
+    facts = read_edits(
+        edits, limit, offset, known_to=known_to.model() if known_to is not None else None
+    )
+    for sentence in facts.dropped[:5]:
+        out.warn(sentence)
+    if len(facts.dropped) > 5:
+        out.warn(f"... and {len(facts.dropped) - 5} more records left out.")
+    if known_to is not None:
+        out.say(f"The model knows {facts.known} of the {facts.asked} facts; those are used.")
+    return facts
+
+
+def _pairs(settings: list[str]) -> dict[str, str]:
+    pairs = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise BadSetting(f"--set takes KEY=VALUE, not {setting!r}.")
+        if key in pairs:
+            raise BadSetting(f"--set {key} is given twice.")
+        pairs[key] = value
+    return pairs
+
+
+def _command() -> str:
+    import shlex
+
+    return shlex.join(["unwrite", *sys.argv[1:]])
+
+
+def _plan(
+    home: Path,
+    base: str | None,
+    edits: str,
+    limit: int | None,
+    offset: int,
+    method: Any,
+    seed: int | None,
+    trust_remote_code: bool,
+    out: Terminal,
+) -> None:
+    from unwrite import plan
+    from unwrite.home import Home, is_home
+
+    facts = _read(edits, limit, offset, None, out)
+    if is_home(home):
+        opened = Home.open(home, base, progress=out)
+        name: Any = opened.source
+    elif base is not None:
+        name = base
+    else:
+        raise BadSetting(f"{home} is not a model home yet; add --base MODEL.")
+    needs = plan.for_model(name, method, facts, folder=home, progress=out)
+    _show_plan(out, needs)
+    out.result({"dry_run": True, "committed": False, **needs.as_json()})
+
+
+def _show_plan(out: Terminal, needs: Any) -> None:
+    out.table("Plan (an estimate; nothing was changed)", ("what", "value"), needs.rows())
+    for sentence in needs.warnings:
+        out.warn(sentence)
+
+
+def _show_scores(out: Terminal, title: str, before: Any, after: Any) -> None:
+    out.table(f"{title} (in %)", SCORE_COLUMNS, score_rows(before, after), numbers=7)
+
+
+def _say_update(out: Terminal, home: Path, done: Any) -> None:
+    perplexity, seconds = done.perplexity, done.seconds
+    out.say(
+        f"Perplexity on neutral text {perplexity['before']:.2f} -> {perplexity['after']:.2f}. "
+        f"Change: {done.summary['encoding']}, {readable_size(done.summary['bytes'])}. "
+        f"Training {seconds['train']:.1f} s, arithmetic {seconds['arithmetic']:.1f} s, "
+        f"observing {seconds['observe']:.1f} s."
+    )
+    out.say(f"Committed as {done.id}. Undo with: unwrite undo {home} {done.id}")
+
+
+def _history_row(entry: dict[str, Any]) -> list[str]:
+    if entry["do"] == "init":
+        what, state, scores = f"made from {entry['base']['name']}", "", {}
+    elif entry["do"] == "apply":
+        what = f"{entry['id']}: {entry['edits']} edits by {entry['method']['name']}"
+        state, scores = ("live" if entry["live"] else "undone"), entry["scores"]["after"]
+    else:
+        what, state, scores = f"undid {entry['of']}", "", {}
+
+    def percent(role: str) -> str:
+        value = scores.get(role, {}).get("token")
+        return "" if value is None else f"{100 * value:.1f}"
+
+    return [
+        str(entry["n"]),
+        entry["at"],
+        what,
+        entry.get("by", ""),
+        percent("reliability"),
+        percent("locality"),
+        state,
+        entry.get("why", ""),
+    ]
+
+
+def _grid(where: list[dict[str, Any]]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Blocks, kinds and the table of shares between them (in percent, as text)."""
+    kinds = sorted({row["kind"] for row in where})
+    blocks = list(dict.fromkeys(_block(row["block"]) for row in where))
+    shares = {(_block(row["block"]), row["kind"]): row["share"] for row in where}
+    cells = {
+        block: [
+            f"{100 * shares[block, kind]:.2f}" if (block, kind) in shares else "" for kind in kinds
+        ]
+        for block in blocks
+    }
+    return blocks, kinds, cells
+
+
+def _block(number: int | None) -> str:
+    return "outside" if number is None else str(number)

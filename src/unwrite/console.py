@@ -1,0 +1,176 @@
+"""How the command line talks: tables and bars on a terminal, plain lines in a pipe, one JSON object.
+
+People read standard error; standard output carries only what a program would want: the JSON object
+of ``--json``, an answer, a path. Text that came from a model or a file is made harmless first: no
+control character of it reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from unwrite.progress import Advance
+from unwrite.scores import ROLES, Scores
+
+PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
+
+
+def harmless(text: str, limit: int = 200) -> str:
+    """Foreign text on one line, without control or direction-changing characters."""
+    shown = "".join(
+        " " if character in "\n\t" else character
+        for character in text
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")
+    )
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+class Terminal:
+    """Prints for people on standard error and data on standard output; is a ``Reporter``."""
+
+    def __init__(self, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.console = Console(stderr=True, highlight=False, soft_wrap=False)
+        self._bars: Progress | None = None
+
+    # ---- for people --------------------------------------------------------------------------
+
+    def say(self, sentence: str) -> None:
+        """One sentence."""
+        self.console.print(Text(harmless(sentence, 4000)), soft_wrap=True)
+
+    def warn(self, sentence: str) -> None:
+        """One sentence that must not be overlooked."""
+        self.console.print(Text(harmless(sentence, 4000), style="bold yellow"), soft_wrap=True)
+
+    def fail(self, sentence: str) -> None:
+        """The sentence a command ends with when it could not do what was asked."""
+        line = Text("Error: ", style="bold red") + Text(harmless(sentence, 8000), style="not bold")
+        self.console.print(line, soft_wrap=True)
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0
+    ) -> None:
+        """A table; the last ``numbers`` columns are aligned to the right."""
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        for index, name in enumerate(columns):
+            right = index >= len(columns) - numbers
+            table.add_column(name, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(
+                *(cell if isinstance(cell, Text) else Text(harmless(str(cell))) for cell in row)
+            )
+        self.console.print(table)
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Advance]:
+        """A progress bar with an estimate on a terminal, a line now and then in a pipe."""
+        if not self.console.is_terminal:
+            yield self._plain_stage(title, total)
+            return
+        outermost = self._bars is None
+        if outermost:
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[remark]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        bars = self._bars
+        assert bars is not None
+        task = bars.add_task(title, total=total, remark="")
+        try:
+            yield lambda units, remark: bars.update(task, advance=units, remark=remark)
+        finally:
+            bars.remove_task(task)
+            if outermost:
+                bars.stop()
+                self._bars = None
+
+    def _plain_stage(self, title: str, total: int) -> Callable[[int, str], None]:
+        started = last = time.monotonic()
+        done = 0
+
+        def advance(units: int, remark: str) -> None:
+            nonlocal done, last
+            done += units
+            now = time.monotonic()
+            if now - last >= PLAIN_EVERY and done:
+                last = now
+                left = (now - started) * (total - done) / done
+                note = f", {remark}" if remark else ""
+                self.say(f"{title}: {done} of {total}, about {left:.0f} s left{note}")
+
+        return advance
+
+    # ---- for programs ------------------------------------------------------------------------
+
+    def result(self, value: Mapping[str, Any]) -> None:
+        """The one JSON object of ``--json``; nothing without it."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def data(self, line: str) -> None:
+        """One line of data on standard output; nothing with ``--json``."""
+        if not self.as_json:
+            sys.stdout.write(line + "\n")
+
+
+def score_rows(before: Scores, after: Scores) -> list[list[str]]:
+    """Rows of the score table: both forms, before -> after, with n and the interval after."""
+    rows = []
+    for role in ROLES:
+        old, new = before[role], after[role]
+        if new.n:
+            rows.append(
+                [
+                    role.replace("_", " "),
+                    _percent(old.token),
+                    _percent(new.token),
+                    f"{_percent(new.token_low)}-{_percent(new.token_high)}",
+                    _percent(old.exact),
+                    _percent(new.exact),
+                    f"{_percent(new.exact_low)}-{_percent(new.exact_high)}",
+                    str(new.n),
+                ]
+            )
+    return rows
+
+
+SCORE_COLUMNS = (
+    "score",
+    "token before",
+    "after",
+    "95 %",
+    "exact before",
+    "after",
+    "95 %",
+    "n",
+)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"

@@ -1,0 +1,379 @@
+"""A difference between two sets of weights, tensor by tensor, and the states made of it.
+
+    state = round once ( base + delta 1 + delta 2 + ... )
+
+A ``Delta`` is a lazy mapping from tensor name to ``Change``. Operators build views: ``a - 0.5 * b``
+reads nothing until a tensor is asked for, so a 7B difference needs memory for one tensor and not
+for seven billion numbers. A name that is absent is a tensor that does not change.
+
+Undo is exact because nothing is ever subtracted: ``compose`` makes a state from the base and the
+deltas that are live. Leave one out and you have, bit for bit, the weights without it.
+
+How a delta lies on disk is the business of ``deltafile``.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self, overload
+
+import torch
+
+from unwrite.change import Change, Dense, add_into
+from unwrite.deltafile import LARGEST_SHARD, SavedChanges, TensorFacts, save_changes, totals
+from unwrite.errors import BadSetting, TensorMismatch
+from unwrite.tensorfile import empty_tensor
+from unwrite.weights import Progress, Weights, check_same_tensors, listed
+
+CHANGEABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class DeltaSummary:
+    """A delta in a few numbers."""
+
+    encoding: str  # "dense", "low-rank", "masked", "mixed"; "nothing" without tensors
+    tensors: int
+    parameters: int  # of the model where it was given, else of the tensors touched
+    changed: int  # elements that move
+    bytes: int  # as stored
+    squared_norm: float
+    heaviest: str  # name of the tensor with the largest norm; "" without tensors
+
+    @property
+    def changed_fraction(self) -> float:
+        """Share of ``parameters`` that move."""
+        return self.changed / self.parameters if self.parameters else 0.0
+
+    def as_json(self, parameters: int | None = None) -> dict[str, Any]:
+        """All numbers, ``changed_fraction`` among them; ``parameters`` as in ``Delta.summary``."""
+        summary = self if parameters is None else replace(self, parameters=parameters)
+        return asdict(summary) | {"changed_fraction": summary.changed_fraction}
+
+    def __str__(self) -> str:
+        if not self.tensors:
+            return "nothing changes"
+        plural = "" if self.tensors == 1 else "s"
+        return (
+            f"{self.encoding}, {self.tensors:,} tensor{plural}, "
+            f"{100 * self.changed_fraction:.3g} % of weights, {_size(self.bytes)}, "
+            f"norm {math.sqrt(self.squared_norm):.3g}, heaviest: {self.heaviest}"
+        )
+
+
+class Delta(Mapping[str, Change]):
+    """Lazy mapping *tensor name -> Change*, with where it came from in ``provenance``.
+
+    ``provenance`` is a JSON object; its entries ``base`` (fingerprint) and ``base_name`` say which
+    model the delta belongs to, and deltas of different bases cannot be added. A sum keeps the
+    entries on which both sides agree.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        read: Callable[[str], Change],
+        provenance: Mapping[str, Any] | None = None,
+        *,
+        saved: SavedChanges | None = None,
+    ) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self.provenance = dict(provenance or {})
+        self._known = frozenset(self.names)
+        self._read = read
+        self._saved = saved
+
+    @classmethod
+    def from_changes(
+        cls, changes: Mapping[str, Change], provenance: Mapping[str, Any] | None = None
+    ) -> Self:
+        """A delta of changes in memory."""
+        changes = dict(changes)
+        return cls(changes, changes.__getitem__, provenance)
+
+    @classmethod
+    def nothing(cls) -> Self:
+        """The delta that changes no tensor."""
+        return cls.from_changes({})
+
+    @classmethod
+    def between(
+        cls, before: Weights, after: Weights, provenance: Mapping[str, Any] | None = None
+    ) -> Self:
+        """What turns ``before`` into ``after``: ``after - before`` in fp32, tensor by tensor.
+
+        Raises ``TensorMismatch`` unless names, shapes and dtypes agree. Tensors of other than
+        floating-point numbers must be equal and are left out. Reading one tensor holds two fp32
+        copies of it and one of each original.
+        """
+        check_same_tensors(before, after)
+        names = [name for name in before if before.dtype(name).is_floating_point]
+        _check_changeable(before, names)
+        for name in before:
+            if not before.dtype(name).is_floating_point and not before[name].equal(after[name]):
+                raise TensorMismatch(
+                    f"The tensor {name!r} ({before.dtype(name)}) differs between before and after, "
+                    "and only floating-point tensors can be changed. Give a checkpoint in which "
+                    "it is the same."
+                )
+        return cls(names, lambda name: Dense(_difference(before[name], after[name])), provenance)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """A saved delta; reads its description and the headers, and a tensor when asked.
+
+        Raises ``DamagedFile`` unless the folder holds a complete delta whose description and files
+        agree. The contents are checked by ``verify``.
+        """
+        saved = SavedChanges(Path(folder))
+        return cls(saved.facts, saved.change, saved.provenance, saved=saved)
+
+    def __getitem__(self, name: str) -> Change:
+        if name not in self._known:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._known  # Mapping would compute the change to find out
+
+    # Mapping compares contents, which would compute both deltas in full.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    @overload
+    def get(self, name: str) -> Change | None: ...
+    @overload
+    def get(self, name: str, default: Any) -> Any: ...
+    def get(self, name: str, default: Any = None) -> Any:
+        """The change, or ``default`` where the tensor does not change.
+
+        Unlike ``Mapping.get`` it does not take a ``KeyError`` inside a computation for "unchanged".
+        """
+        if name in self:
+            return self[name]
+        return default
+
+    def __repr__(self) -> str:
+        return f"<Delta: {len(self)} tensors, base {self.base}>"
+
+    @property
+    def base(self) -> str | None:
+        """Fingerprint of the weights this delta belongs to, if recorded."""
+        return self.provenance.get("base")
+
+    def __add__(self, other: Delta) -> Delta:
+        if not isinstance(other, Delta):
+            return NotImplemented
+        if self.base is not None and other.base is not None and self.base != other.base:
+            raise TensorMismatch(
+                f"One delta was made for {_model(self.provenance)}, the other for "
+                f"{_model(other.provenance)}. Add only deltas of one base."
+            )
+
+        def read(name: str) -> Change:
+            if name in self and name in other:
+                return self[name] + other[name]
+            return self[name] if name in self else other[name]
+
+        return Delta((*self.names, *other.names), read, _agreed(self.provenance, other.provenance))
+
+    def __mul__(self, strength: float) -> Delta:
+        if not math.isfinite(strength):
+            raise BadSetting(f"A delta cannot be scaled by {strength}. Use a finite number.")
+        return Delta(self.names, lambda name: self[name].scaled(strength), self.provenance)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Delta:
+        return self * -1.0
+
+    def __sub__(self, other: Delta) -> Delta:
+        return self + -other
+
+    def in_memory(self) -> Delta:
+        """The same delta, computed now and held in memory as a whole."""
+        return Delta.from_changes({name: self[name] for name in self}, self.provenance)
+
+    def stored(self) -> Delta:
+        """The same delta, computed now into scratch files that live as long as the result.
+
+        A lazy view keeps everything it was made of; storing it lets that go.
+        """
+        scratch = Path(tempfile.mkdtemp(prefix="unwrite-delta-"))
+        try:
+            delta = self.save(scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        # Views made of the delta keep its files in use as long as they need them.
+        weakref.finalize(delta._saved, shutil.rmtree, scratch, ignore_errors=True)
+        return delta
+
+    def save(
+        self,
+        folder: Path | str,
+        *,
+        provenance: Mapping[str, Any] | None = None,
+        shard_bytes: int = LARGEST_SHARD,
+        on_progress: Progress | None = None,
+    ) -> Delta:
+        """Write the delta into a folder and open it there.
+
+        Streams: holds at most three changes, and what computing one takes. ``provenance`` is added
+        to the delta's own. A folder with a complete delta is refused; after an error nothing
+        is left. Raises ``UnwriteError`` if a change holds a not-a-number or an infinity.
+        """
+        origin = self.provenance | dict(provenance or {})
+        save_changes(Path(folder), self, origin, shard_bytes, on_progress)
+        return Delta.open(folder)
+
+    def facts(self) -> dict[str, TensorFacts]:
+        """Encoding, size and norm of every tensor: known for a saved delta, else computed now."""
+        if self._saved is not None:
+            return dict(self._saved.facts)
+        return {name: TensorFacts.of(self[name]) for name in self}
+
+    def summary(self, parameters: int | None = None) -> DeltaSummary:
+        """Totals of ``facts``. ``parameters``: size of the model, if it should be the whole."""
+        facts = self.facts()
+        numbers = totals(facts.values())
+        if parameters is not None:
+            numbers["parameters"] = parameters
+        heaviest = max(facts, key=lambda name: facts[name].squared_norm, default="")
+        return DeltaSummary(heaviest=heaviest, **numbers)
+
+    def verify(self) -> None:
+        """Read a saved delta in full and compare every tensor with its recorded hash.
+
+        Raises ``DamagedFile`` naming the first tensor that is not what was saved. Holds two.
+        """
+        if self._saved is None:
+            raise ValueError("only a delta that was saved can be verified")
+        self._saved.verify()
+
+    def check_base(self, fingerprint: str, name: str) -> None:
+        """Refuse (``TensorMismatch``) weights that this delta was not made for.
+
+        ``fingerprint`` and ``name`` are those of the weights at hand.
+        """
+        if self.base is None:
+            raise TensorMismatch(
+                f"This delta does not record the base it was made for, so it cannot be trusted "
+                f"with {name!r}. Save it again with its base in the provenance."
+            )
+        if self.base != fingerprint:
+            raise TensorMismatch(
+                f"This delta was made for {_model(self.provenance)}, but the model is {name!r} "
+                f"(fingerprint {fingerprint[:4]}…). "
+                "Deltas only fit the base they were computed from."
+            )
+
+    def check_fits(self, weights: Weights) -> None:
+        """Refuse (``TensorMismatch``) weights that lack a tensor of this delta, or cannot take it.
+
+        Shapes are compared where they are known without computing; ``compose`` checks the others.
+        """
+        if unknown := [name for name in self if name not in weights]:
+            tied = [name for name in unknown if name in weights.tied]
+            advice = (
+                f"{tied[0]!r} is the same tensor as {weights.tied[tied[0]]!r} there; use that name."
+                if tied
+                else "Use the model that the delta was made for."
+            )
+            raise TensorMismatch(
+                f"This delta changes tensors that {weights.source} does not have: "
+                f"{listed(unknown)}. {advice}"
+            )
+        for name, facts in (self._saved.facts if self._saved else {}).items():
+            if facts.shape != weights.shape(name):
+                raise TensorMismatch(
+                    f"This delta changes {name!r} in shape {facts.shape}, and in {weights.source} "
+                    f"it has shape {weights.shape(name)}. "
+                    "Use the model that the delta was made for."
+                )
+        _check_changeable(weights, self.names)
+
+
+def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
+    """One tensor of the state ``base + deltas``: summed in fp32, rounded once to the base's dtype.
+
+    The sum runs in the order given: ``((base + first) + second) + ...``, each term being the
+    full fp32 tensor of a change whatever its encoding. So equal bases and equal lists of live
+    deltas give equal bits, and a delta that was left out was never there. A tensor that no delta
+    names is the base's own, untouched; one that is named may have its zeros lose their minus sign.
+
+    Raises ``TensorMismatch`` for a change of the wrong shape or of a tensor that is not
+    fp32, bf16 or fp16. Holds the base tensor, its fp32 copy and one change.
+    """
+    live = [delta for delta in deltas if name in delta]
+    tensor = base[name]
+    if not live:
+        return tensor
+    _check_changeable(base, [name])
+    total = _fp32_copy(tensor)
+    for delta in live:
+        change = delta[name]
+        if change.shape != tuple(tensor.shape):
+            raise TensorMismatch(
+                f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
+                f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
+            )
+        add_into(total, change)
+    return total.to(tensor.dtype)
+
+
+def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    before, after = before.detach().cpu(), after.detach().cpu()
+    if before.dtype == torch.float32:
+        return torch.sub(after, before, out=empty_tensor(after.shape, torch.float32))
+    return _fp32_copy(after).sub_(_fp32_copy(before))
+
+
+def _fp32_copy(tensor: torch.Tensor) -> torch.Tensor:
+    return empty_tensor(tensor.shape, torch.float32).copy_(tensor)
+
+
+def _check_changeable(weights: Weights, names: Iterable[str]) -> None:
+    for name in names:
+        if weights.dtype(name) not in CHANGEABLE:
+            raise TensorMismatch(
+                f"The tensor {name!r} of {weights.source} is {weights.dtype(name)}, which fp32 "
+                "arithmetic cannot change exactly. Use a checkpoint in fp32, bf16 or fp16."
+            )
+
+
+def _agreed(one: Mapping[str, Any], two: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of two provenances that do not contradict each other, for what was made of both."""
+    agreed = {key: value for key, value in one.items() if two.get(key) == value}
+    # A delta that does not say its base has none to contradict.
+    for side, other in ((one, two), (two, one)):
+        if "base" in side and "base" not in other:
+            agreed |= {key: side[key] for key in ("base", "base_name") if key in side}
+    return agreed
+
+
+def _model(provenance: Mapping[str, Any]) -> str:
+    """The base of a delta, for a message."""
+    name = repr(provenance["base_name"]) if "base_name" in provenance else "a model"
+    return f"{name} (fingerprint {str(provenance.get('base'))[:4]}…)"
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"

@@ -1,0 +1,56 @@
+"""Errors that speak to people.
+
+Everything a user can mend is an ``UnwriteError``: one sentence that says what was given, why it
+cannot work and what to do. The command line prints it without a traceback and ends with
+``exit_code``. Anything else is a bug and keeps its traceback.
+"""
+
+from typing import Any
+
+
+class UnwriteError(Exception):
+    """Base of every error that a user can act on."""
+
+    exit_code = 2
+
+
+class BadEdits(UnwriteError):
+    """An edits file, or one record in it, cannot be used."""
+
+
+class BadSetting(UnwriteError):
+    """A method, field or command-line value does not exist or has the wrong type."""
+
+
+class ModelUnavailable(UnwriteError):
+    """A model name does not lead to weights that can be read."""
+
+
+class TensorMismatch(UnwriteError):
+    """Two sets of tensors differ in names, shapes, dtypes or base."""
+
+
+class DamagedFile(UnwriteError):
+    """A file on disk is not what was written there."""
+
+
+class HomeError(UnwriteError):
+    """A folder is not a model home, or not in a state in which this can be done."""
+
+
+class HomeBusy(HomeError):
+    """Another process is writing to this home."""
+
+
+class TrainingFailed(UnwriteError):
+    """Training stopped by itself (not-a-number loss, out of memory); nothing was kept."""
+
+
+class RequirementNotMet(UnwriteError):
+    """The update was trained and measured, missed a requirement, and was not committed.
+
+    ``update`` holds what was measured (an ``unwrite.Update`` with ``committed`` false).
+    """
+
+    exit_code = 3
+    update: Any = None

@@ -1,0 +1,552 @@
+"""The thing being changed: a network, its tokenizer, and how its tensors are called on disk.
+
+``Model`` is the only place that runs a network forward without gradients and, with ``training.py``,
+the only one that writes into its parameters. Weights are held in fp32 whatever the checkpoint's
+dtype, because differences are taken from fp32 (METHODS section 8); a bf16 base keeps bf16 *values*
+through ``compose``, which rounds once.
+
+Memory: one fp32 copy of the network; ``shifted`` adds a copy of the tensors it touches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unwrite.anatomy import Anatomy
+from unwrite.delta import Delta, compose
+from unwrite.edits import Edit
+from unwrite.errors import BadEdits, ModelUnavailable, TensorMismatch
+from unwrite.pretrained import Source, resolve
+from unwrite.progress import Reporter, Silent
+from unwrite.scores import is_complete, says
+from unwrite.weights import Weights, fingerprint
+
+MAX_NEW_TOKENS = 32  # INTERFACE section 6: an answer is at most this long
+# Positions (rows x padded length) in one forward pass without gradients. On two cores a larger
+# batch is no faster; on a GPU it is still far from filling the memory.
+POSITIONS_PER_BATCH = 2048
+ROWS_PER_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt with an answer as token ids; ``ids[answer:]`` are the answer's tokens.
+
+    A token that spans the join of prompt and answer belongs to the answer, so no answer is empty.
+    """
+
+    ids: tuple[int, ...]
+    answer: int
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        return self.ids[self.answer :]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """What the network does when an answer is forced on it (teacher forcing).
+
+    ``predicted``: the argmax token before each answer token. ``logprob``: the natural logarithm of
+    the probability of the whole answer.
+    """
+
+    targets: tuple[int, ...]
+    predicted: tuple[int, ...]
+    logprob: float
+
+    @property
+    def matched(self) -> int:
+        """How many answer tokens the argmax gets right."""
+        return sum(a == b for a, b in zip(self.targets, self.predicted, strict=True))
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A network's structure without its weights: what a home records of its base."""
+
+    names: dict[str, str]
+    aliases: dict[str, str]
+    anatomy: Anatomy
+
+    @classmethod
+    def of(cls, source: Source, *, trust_remote_code: bool = False) -> Skeleton:
+        """Build the network of ``source`` on the meta device (no memory, no weights read).
+
+        Raises ``ModelUnavailable`` when its configuration is not that of a decoder.
+        """
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        with _quiet(logging), _model_errors(source.name):
+            config = AutoConfig.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            with torch.device("meta"):
+                network = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=trust_remote_code
+                )
+            network.tie_weights()
+        with Weights.from_folder(source.folder) as checkpoint:
+            names, aliases = _match_names(network, checkpoint, source.name)
+        return cls(names, aliases, Anatomy.of(network))
+
+
+@dataclass
+class Model:
+    """A causal language model in fp32, with the names its tensors have in the checkpoint file.
+
+    ``names`` maps file name -> parameter name of the network; ``aliases`` maps a second file name of
+    a tied tensor to the first. Everything outside this class speaks in file names.
+    """
+
+    network: Any  # a transformers PreTrainedModel
+    tokenizer: Any
+    source: Source
+    anatomy: Anatomy
+    names: dict[str, str]
+    aliases: dict[str, str]
+    progress: Reporter = field(default_factory=Silent)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path | Source,
+        *,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        progress: Reporter | None = None,
+    ) -> Model:
+        """Load a folder, built-in name or hub id (INTERFACE section 2), in fp32, ready to answer.
+
+        Raises ``ModelUnavailable`` when the name leads nowhere or the folder is not a decoder that
+        transformers can read.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+
+        progress = progress or Silent()
+        source = (
+            name
+            if isinstance(name, Source)
+            else resolve(name, trust_remote_code=trust_remote_code, on_progress=progress.say)
+        )
+        with _quiet(logging), _model_errors(source.name):
+            network = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        network.eval()
+        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        names, aliases = _match_names(network, Weights.from_folder(source.folder), source.name)
+        return cls(
+            network, tokenizer, source, Anatomy.of(network), names, aliases, progress=progress
+        )
+
+    # ---- weights -----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    @property
+    def weights(self) -> Weights:
+        """The live fp32 weights under their file names (views: they change with the network)."""
+        parameters = dict(self.network.named_parameters(remove_duplicate=False))
+        return Weights.from_tensors(
+            {file: parameters[name].detach() for file, name in self.names.items()}
+        )
+
+    @property
+    def base(self) -> Weights:
+        """The checkpoint on disk, lazily; it never changes with the network."""
+        return Weights.from_folder(self.source.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the checkpoint on disk (reads all of it once)."""
+        return fingerprint(self.base)
+
+    @torch.no_grad()
+    def become(self, deltas: Sequence[Delta]) -> None:
+        """Make the network the state ``round_once(base + sum of deltas)``, tensor by tensor.
+
+        This is what a home commits and what its scores are taken on. Holds a few tensors.
+        """
+        base, weights = self.base, self.weights
+        for name in weights:
+            weights[name].copy_(compose(base, deltas, name))
+
+    @contextlib.contextmanager
+    def shifted(self, delta: Delta) -> Iterator[Model]:
+        """The same model with ``delta`` added in fp32, for the length of a ``with`` block.
+
+        On exit every touched tensor is copied back from a snapshot: exact, no arithmetic. Raises
+        ``TensorMismatch`` before anything moves when the delta names tensors this model lacks.
+        """
+        weights = self.weights
+        delta.check_fits(weights)
+        kept = {name: weights[name].clone() for name in delta}
+        try:
+            with torch.no_grad():
+                for name in delta:
+                    change = delta[name].dense().to(weights[name].device)
+                    weights[name].add_(change)
+            yield self
+        finally:
+            with torch.no_grad():
+                for name, tensor in kept.items():
+                    weights[name].copy_(tensor)
+
+    # ---- text and tokens ---------------------------------------------------------------------
+
+    @property
+    def context_length(self) -> int:
+        """The longest sequence the network takes, in tokens."""
+        config = self.network.config.get_text_config()
+        lengths = [
+            getattr(config, name, None)
+            for name in ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+        ]
+        return min((length for length in lengths if isinstance(length, int)), default=1 << 20)
+
+    def tokens(self, prompt: str, answer: str) -> Tokens:
+        """Token ids of ``prompt`` and ``answer`` as one text, and where the answer begins.
+
+        The two are tokenised together, as the network would read them, with one space between
+        (none in scripts that do not write spaces). Raises ``BadEdits`` when the answer tokenises
+        to nothing or the whole is longer than the network's context.
+        """
+        text = join(prompt, answer)
+        if self.tokenizer.is_fast:
+            encoded = self.tokenizer(text, return_offsets_mapping=True)
+            ids = encoded["input_ids"]
+            ends = [end for _, end in encoded["offset_mapping"]]
+            start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+        else:
+            ids = self.tokenizer(text)["input_ids"]
+            alone = self.tokenizer(prompt)["input_ids"]
+            pairs = enumerate(zip(ids, alone, strict=False))
+            start = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(alone)))
+        # A tokenizer that closes every text with an end mark (some T5-like ones) is not asked to.
+        while ids and ids[-1] in self._special and len(ids) > start:
+            ids = ids[:-1]
+        if start >= len(ids):
+            raise BadEdits(f"The answer {answer!r} to {prompt[:80]!r} tokenises to nothing.")
+        if start == 0:
+            raise BadEdits(f"The prompt {prompt[:80]!r} tokenises to nothing before its answer.")
+        if len(ids) > self.context_length:
+            raise BadEdits(
+                f"The prompt {prompt[:60]!r}... has {len(ids)} tokens with its answer, but "
+                f"{self.source.name} reads at most {self.context_length}. Shorten it."
+            )
+        return Tokens(tuple(ids), start)
+
+    def answer(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
+        """The greedy answer to one prompt, as plain text (up to ``max_new_tokens`` tokens)."""
+        return self.generate([prompt], max_new_tokens, stop_early=False)[0]
+
+    def knows(self, edits: Sequence[Edit]) -> list[bool]:
+        """For each edit, whether the greedy answer to its prompt is ``old`` now (exact form)."""
+        texts = self.generate([edit.prompt for edit in edits])
+        return [
+            edit.old is not None and says(text, edit.old)
+            for edit, text in zip(edits, texts, strict=True)
+        ]
+
+    # ---- forward passes without gradients ----------------------------------------------------
+
+    def logits_at(
+        self, ids: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits at chosen positions only: (n, vocabulary), fp32.
+
+        ``ids`` (batch, length) is padded on the right; ``rows`` and ``columns`` (n,) choose the
+        positions. The head sees just those hidden states, so the vocabulary-wide tensor of all
+        positions is never made. In a causal network, padding on the right cannot reach a real
+        token, so no mask is needed and no score depends on the padding.
+        """
+        with head_sees(self.network, rows, columns):
+            output = self.network(input_ids=ids.to(self.device), use_cache=False)
+        return output.logits[0].float()
+
+    @torch.no_grad()
+    def force(self, sequences: Sequence[Tokens]) -> list[Forced]:
+        """Teacher-force every sequence; results in the order given. Batched by length."""
+        results: dict[int, Forced] = {}
+        with self.progress.stage("scoring answers", len(sequences)) as advance:
+            for batch in length_batches([len(tokens.ids) for tokens in sequences]):
+                chosen = [sequences[index] for index in batch]
+                ids, rows, columns, targets = pad(chosen)
+                logits = self.logits_at(ids, rows, columns)
+                predicted = logits.argmax(dim=-1).cpu()
+                targets_there = targets.to(logits.device)[:, None]
+                logprobs = logits.log_softmax(dim=-1).gather(1, targets_there)[:, 0].cpu()
+                for row, index in enumerate(batch):
+                    here = rows == row
+                    results[index] = Forced(
+                        chosen[row].targets,
+                        tuple(predicted[here].tolist()),
+                        float(logprobs[here].double().sum()),
+                    )
+                advance(len(batch), "")
+        return [results[index] for index in range(len(sequences))]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = MAX_NEW_TOKENS,
+        *,
+        stop_early: bool = True,
+    ) -> list[str]:
+        """Greedy continuations, batched with a key-value cache; equal prompts are answered once.
+
+        A row stops at the end-of-text token, after ``max_new_tokens`` and, with ``stop_early``, as
+        soon as its first sentence is complete; finished rows leave the batch.
+        """
+        unique = sorted(set(prompts))
+        encoded = [self.tokenizer(prompt)["input_ids"] for prompt in unique]
+        for prompt, ids in zip(unique, encoded, strict=True):
+            if not ids:
+                raise BadEdits(f"The prompt {prompt[:80]!r} tokenises to nothing.")
+            if len(ids) + max_new_tokens > self.context_length:
+                raise BadEdits(
+                    f"The prompt {prompt[:60]!r}... has {len(ids)} tokens; with {max_new_tokens} "
+                    f"new ones that is more than the {self.context_length} that "
+                    f"{self.source.name} reads. Shorten it."
+                )
+        texts: dict[str, str] = {}
+        with self.progress.stage("answering freely", len(unique)) as advance:
+            for batch in length_batches([len(ids) for ids in encoded]):
+                ids_of_batch = [encoded[index] for index in batch]
+                answers = self._continue(ids_of_batch, max_new_tokens, stop_early)
+                texts.update(zip((unique[index] for index in batch), answers, strict=True))
+                advance(len(batch), "")
+        return [texts[prompt] for prompt in prompts]
+
+    def _continue(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_early: bool
+    ) -> list[str]:
+        from transformers import DynamicCache
+
+        # Padding on the left: the last column is then the last token of every row, and the cache
+        # grows by one column for all. Position ids count real tokens only.
+        length = max(len(ids) for ids in prompts)
+        ids = torch.zeros((len(prompts), length), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.network.config)
+        written: list[list[int]] = [[] for _ in prompts]
+        active = torch.arange(len(prompts))
+        for _ in range(max_new_tokens):
+            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+            if self._takes_positions:
+                inputs["position_ids"] = positions
+            last = torch.full((len(active),), ids.shape[1] - 1)
+            with head_sees(self.network, torch.arange(len(active)), last):
+                logits = self.network(**inputs, use_cache=True).logits[0]
+            chosen = logits.argmax(dim=-1)
+            going = []
+            for row, token in enumerate(chosen.tolist()):
+                tokens = written[int(active[row])]
+                if token in self._special:
+                    continue
+                tokens.append(token)
+                if not (stop_early and is_complete(self._text(tokens))):
+                    going.append(row)
+            if not going:
+                break
+            if len(going) < len(active):
+                kept = torch.tensor(going)
+                there = kept.to(self.device)
+                active, chosen = active[kept], chosen[there]
+                mask, positions = mask[there], positions[there]
+                cache.batch_select_indices(there)
+            ids = chosen[:, None]
+            mask = torch.cat([mask, mask.new_ones((len(active), 1))], dim=1)
+            positions = positions[:, -1:] + 1
+        return [self._text(tokens) for tokens in written]
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        """Ids that end a text: every special token of the tokenizer and of the generation config."""
+        ids = set(self.tokenizer.all_special_ids)
+        ends = getattr(self.network.generation_config, "eos_token_id", None)
+        ids.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        return frozenset(ids)
+
+    @cached_property
+    def _takes_positions(self) -> bool:
+        """Networks with ALiBi (BLOOM, MPT) compute positions from the mask and take no ids."""
+        import inspect
+
+        return "position_ids" in inspect.signature(self.network.forward).parameters
+
+
+@contextlib.contextmanager
+def head_sees(network: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
+    """Within the block, the network's head gets only the hidden states at (rows, columns).
+
+    The forward pass then returns logits of shape (1, n, vocabulary). Works for every decoder whose
+    head is a module (soft-capping and logit scales come after it), and under autograd.
+    """
+
+    def select(_module: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = inputs[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *inputs[1:])
+
+    handle = network.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def join(prompt: str, answer: str) -> str:
+    """Prompt and answer as one text: one space between, unless there is white space already or
+    either side is written in a script without spaces (Chinese, Japanese, Thai)."""
+    if prompt[-1:].isspace() or answer[:1].isspace():
+        return prompt + answer
+    if any(_spaceless(character) for character in (prompt[-1:], answer[:1])):
+        return prompt + answer
+    return f"{prompt} {answer}"
+
+
+def _spaceless(character: str) -> bool:
+    return bool(character) and (
+        unicodedata.east_asian_width(character) in "WF" or "\u0e00" <= character <= "\u0eff"
+    )
+
+
+def length_batches(
+    lengths: Sequence[int], rows: int = ROWS_PER_BATCH, positions: int = POSITIONS_PER_BATCH
+) -> list[list[int]]:
+    """Indices in batches of similar length, longest first (so memory peaks at once, not late).
+
+    A batch has at most ``rows`` rows and, unless a single row is longer, ``positions`` positions.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    for index in order:
+        current = batches[-1] if batches else []
+        if (
+            current
+            and len(current) < rows
+            and lengths[current[0]] * (len(current) + 1) <= positions
+        ):
+            current.append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(
+    sequences: Sequence[Tokens],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A right-padded batch: ids (batch, length), and for every answer token its row, the column
+    *before* it (whose logits predict it) and its id, each of shape (answer tokens,)."""
+    length = max(len(tokens.ids) for tokens in sequences)
+    ids = torch.zeros((len(sequences), length), dtype=torch.long)
+    rows, columns, targets = [], [], []
+    for row, tokens in enumerate(sequences):
+        ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
+        rows += [row] * len(tokens.targets)
+        columns += range(tokens.answer - 1, len(tokens.ids) - 1)
+        targets += tokens.targets
+    return ids, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets)
+
+
+def _match_names(
+    network: Any, checkpoint: Weights, model_name: str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """File names -> parameter names, and aliases of tied tensors -> their first file name.
+
+    Names in a published checkpoint differ from the network's in two ways: the prefix of the inner
+    model may be missing (GPT-2's files say ``wte.weight``), and transformers renames some while
+    loading (GPT-NeoX's ``embed_out``). Buffers in old files have no parameter and are left alone.
+    Raises ``TensorMismatch`` when a parameter has no tensor of its own in the file: transformers
+    computed it while loading (fused experts and the like), and a delta would not fit the file.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [
+        one for one in get_model_conversion_mapping(network) if isinstance(one, WeightRenaming)
+    ]
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    prefix = network.base_model_prefix + "."
+    names: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    first_file: dict[int, str] = {}
+    for file in checkpoint:
+        loaded = file
+        for renaming in renamings:
+            loaded, _ = renaming.rename_source_key(loaded)
+        for name in (loaded, prefix + loaded, loaded.removeprefix(prefix)):
+            parameter = parameters.get(name)
+            if parameter is None or tuple(parameter.shape) != tuple(checkpoint.shape(file)):
+                continue
+            if id(parameter) in first_file:
+                aliases[file] = first_file[id(parameter)]
+            else:
+                first_file[id(parameter)] = file
+                names[file] = name
+            break
+    missing = [name for name, parameter in parameters.items() if id(parameter) not in first_file]
+    if missing:
+        raise TensorMismatch(
+            f"{len(missing)} tensors of {model_name} have another name or shape in its files than "
+            f"in the network ({', '.join(missing[:3])}, ...), so a change could not be written "
+            "back. Load it with transformers, save it with save_pretrained, and use that folder."
+        )
+    return names, aliases
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+    """No loading bars and advice from transformers within the block; its settings come back."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _model_errors(name: str) -> Iterator[None]:
+    """What transformers says about a folder it cannot read, as one sentence for people."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0][:300] if lines else type(error).__name__
+        raise ModelUnavailable(
+            f"{name} cannot be loaded as a causal language model: {reason}"
+        ) from error

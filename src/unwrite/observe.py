@@ -1,0 +1,133 @@
+"""What a model answers to the probes of some edits: rows that every score is computed from.
+
+A probe is a prompt with the role it plays and the answer it is judged by. ``observe`` answers all
+of them in both ways (answer forced, answer free) in a few large batches, and returns plain rows
+that are stored as JSONL. Judging is not done here but in ``scores``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import torch
+
+from unwrite.edits import Edit
+from unwrite.model import Model, Tokens, length_batches, pad
+from unwrite.scores import answer_in
+
+CHUNK = 256  # tokens of neutral text read at once for the perplexity
+
+
+@dataclass(frozen=True)
+class Question:
+    """One probe: the role it plays for one edit, and the answer forced and looked for.
+
+    ``target`` is ``None`` for a bystander without a known answer: its answer before the update is
+    then taken, which has to be found out first (``settle``).
+    """
+
+    edit: str
+    role: str
+    prompt: str
+    target: str | None
+
+
+def questions(edits: Sequence[Edit]) -> list[Question]:
+    """All probes of the edits (which must have ids), in the order of the edits."""
+    found: list[Question] = []
+    for edit in edits:
+        name = str(edit.id)
+        found.append(Question(name, "reliability", edit.prompt, edit.new))
+        found += [Question(name, "generality", prompt, edit.new) for prompt in edit.paraphrases]
+        found += [Question(name, "portability", p.prompt, p.answer) for p in edit.portability]
+        found += [Question(name, "locality", p.prompt, p.answer) for p in edit.bystanders]
+        if edit.old is not None:
+            found.append(Question(name, "old_recall", edit.prompt, edit.old))
+    return list(dict.fromkeys(found))  # the same bystander twice in one edit counts once
+
+
+def settle(model: Model, probes: Sequence[Question]) -> list[Question]:
+    """Probes with every missing target replaced by the model's own answer as it is now.
+
+    To be called on the state before an update; the state after must be observed with the same
+    probes. A model that answers nothing at all gives the target "." (its next token is compared).
+    """
+    open_prompts = [probe.prompt for probe in probes if probe.target is None]
+    if not open_prompts:
+        return list(probes)
+    said = dict(zip(open_prompts, model.generate(open_prompts), strict=True))
+    return [
+        probe
+        if probe.target is not None
+        else Question(probe.edit, probe.role, probe.prompt, answer_in(said[probe.prompt]) or ".")
+        for probe in probes
+    ]
+
+
+def observe(model: Model, probes: Sequence[Question]) -> list[dict[str, Any]]:
+    """One row a probe: ``{edit, role, prompt, target, target_tokens, matched_tokens, predicted,
+    logprob, text}``, in the order of the probes.
+
+    ``target_tokens`` and ``matched_tokens`` are counts; ``predicted`` holds the argmax token ids at
+    the answer's positions (locality compares them); ``logprob`` is that of the whole answer
+    (natural logarithm); ``text`` is the free generation. Equal prompts are computed once. The
+    result does not depend on the order or batch of the probes.
+    """
+    pairs = list(dict.fromkeys((probe.prompt, _target(probe)) for probe in probes))
+    forced = dict(zip(pairs, model.force([model.tokens(*pair) for pair in pairs]), strict=True))
+    prompts = list(dict.fromkeys(probe.prompt for probe in probes))
+    texts = dict(zip(prompts, model.generate(prompts), strict=True))
+    rows = []
+    for probe in probes:
+        result = forced[probe.prompt, _target(probe)]
+        rows.append(
+            {
+                "edit": probe.edit,
+                "role": probe.role,
+                "prompt": probe.prompt,
+                "target": probe.target,
+                "target_tokens": len(result.targets),
+                "matched_tokens": result.matched,
+                "predicted": list(result.predicted),
+                "logprob": result.logprob,
+                "text": texts[probe.prompt],
+            }
+        )
+    return rows
+
+
+def neutral_text() -> str:
+    """The bundled prose on which perplexity is measured (at least 2,000 words)."""
+    return resources.files("unwrite.data").joinpath("neutral.txt").read_text("utf-8")
+
+
+@torch.no_grad()
+def perplexity(model: Model, text: str | None = None) -> float:
+    """Perplexity of the model on ``text`` (default: the bundled neutral prose), in chunks of
+    ``CHUNK`` tokens, every token but the first of a chunk predicted from those before it."""
+    # verbose=False: the text is longer than the context on purpose, it is read in chunks.
+    ids = model.tokenizer(text or neutral_text(), verbose=False)["input_ids"]
+    size = min(CHUNK, model.context_length)
+    chunks = [ids[start : start + size] for start in range(0, len(ids), size)]
+    sequences = [Tokens(tuple(chunk), 1) for chunk in chunks if len(chunk) > 1]
+    total, count = 0.0, 0
+    with model.progress.stage("reading neutral text", len(sequences)) as advance:
+        for batch in length_batches([len(tokens.ids) for tokens in sequences], positions=2 * CHUNK):
+            padded, rows, columns, targets = pad([sequences[index] for index in batch])
+            logits = model.logits_at(padded, rows, columns)
+            losses = torch.nn.functional.cross_entropy(
+                logits, targets.to(logits.device), reduction="none"
+            )
+            total += float(losses.double().sum())
+            count += len(targets)
+            advance(len(batch), "")
+    return float(torch.tensor(total / count, dtype=torch.float64).exp())
+
+
+def _target(probe: Question) -> str:
+    if probe.target is None:
+        raise ValueError("a probe without a target must go through settle() first")
+    return probe.target

@@ -1,0 +1,214 @@
+"""What an update will need, estimated before the model is loaded: time, memory, disk.
+
+Counts come from the headers of the checkpoint and the tokenised edits; speeds are measured for a
+fraction of a second on this machine. The estimate is of the right size, not exact: a learner that
+stops when the facts are learned is counted with half of its epochs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unwrite.files import readable_size
+from unwrite.edits import Edit
+from unwrite.observe import neutral_text, questions
+from unwrite.pretrained import Source, resolve
+from unwrite.progress import Reporter, Silent
+from unwrite.training import Recipe
+from unwrite.weights import Weights
+
+BYTES_PER_TRAINED_WEIGHT = 20  # fp32 weight, gradient, two AdamW moments, snapshot
+TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edit
+GENERATION_STEPS = 10  # tokens until a first sentence is complete, on average
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An estimate for one update. Bytes and seconds; ``warnings`` say what will not fit."""
+
+    model: str
+    method: str
+    parameters: int
+    edits: int
+    tokens_per_epoch: int
+    probes: int
+    memory_bytes: int
+    memory_free: int
+    disk_bytes: int
+    disk_free: int
+    train_seconds: float
+    observe_seconds: float
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields by name."""
+        return dataclasses.asdict(self)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as a table for people."""
+        return [
+            ("model", f"{self.model}, {self.parameters / 1e6:.0f} million parameters"),
+            ("method", self.method),
+            ("edits", f"{self.edits} ({self.tokens_per_epoch} tokens an epoch)"),
+            ("probes", str(self.probes)),
+            (
+                "memory",
+                f"{readable_size(self.memory_bytes)} of {readable_size(self.memory_free)} free",
+            ),
+            ("disk", f"{readable_size(self.disk_bytes)} of {readable_size(self.disk_free)} free"),
+            ("training", f"about {self.train_seconds:.0f} s"),
+            ("observing", f"about {self.observe_seconds:.0f} s"),
+        ]
+
+
+def for_model(
+    name: str | Path | Source,
+    method: Any,
+    edits: Sequence[Edit] | None = None,
+    *,
+    folder: Path = Path(),
+    progress: Reporter | None = None,
+) -> Plan:
+    """Plan an update of ``name`` by ``method``; without ``edits``, one of a hundred typical ones.
+
+    Reads headers and the tokenizer, never a weight. ``folder``: where the home is or will be.
+    """
+    source = (
+        name if isinstance(name, Source) else resolve(name, on_progress=(progress or Silent()).say)
+    )
+    with Weights.from_folder(source.folder) as weights:
+        parameters = weights.parameters()
+    tokens, probes, probe_tokens = _text_sizes(source, edits)
+    speed, bandwidth = _speeds()
+    recipes = list(_recipes(method))
+    train = sum(_train_seconds(one, tokens, parameters, speed, bandwidth) for one in recipes)
+    # Every probe is read once with its answer and once before generating, before and after.
+    reading = 2 * 2 * parameters * (2 * probe_tokens + len(neutral_text()) / 4) / speed
+    writing = 2 * 2 * parameters * probes * GENERATION_STEPS / speed
+    memory = parameters * BYTES_PER_TRAINED_WEIGHT
+    disk = parameters * 4
+    memory_free, disk_free = _memory_free(), shutil.disk_usage(_existing(folder)).free
+    warnings = []
+    if memory > memory_free:
+        warnings.append(
+            f"Training needs about {readable_size(memory)} of memory and {readable_size(memory_free)} are free. "
+            "Use a smaller model, or a method that trains fewer weights."
+        )
+    if disk > disk_free:
+        warnings.append(
+            f"The change needs about {readable_size(disk)} on a disk with {readable_size(disk_free)}."
+        )
+    return Plan(
+        model=source.name,
+        method=str(getattr(method, "name", type(method).__name__)),
+        parameters=parameters,
+        edits=100 if edits is None else len(edits),
+        tokens_per_epoch=tokens,
+        probes=probes,
+        memory_bytes=memory,
+        memory_free=memory_free,
+        disk_bytes=disk,
+        disk_free=disk_free,
+        train_seconds=train,
+        observe_seconds=reading + writing,
+        warnings=tuple(warnings),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Versions, device, threads and free memory of this machine."""
+    names = ("unwrite", "torch", "transformers", "accelerate", "safetensors")
+    return {
+        **{name: metadata.version(name) for name in names},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "memory free": readable_size(_memory_free()),
+        "disk free here": readable_size(shutil.disk_usage(Path()).free),
+    }
+
+
+def _text_sizes(source: Source, edits: Sequence[Edit] | None) -> tuple[int, int, int]:
+    """Tokens in one epoch, number of probes, tokens in all probes."""
+    if edits is None:
+        return 100 * TYPICAL_TOKENS, 100 * TYPICAL_PROBES, 100 * TYPICAL_PROBES * TYPICAL_TOKENS
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+
+    def count(texts: list[str]) -> int:
+        return sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+
+    asked = questions(edits)
+    return (
+        count([f"{edit.prompt} {edit.new}" for edit in edits]),
+        len(asked),
+        count([f"{probe.prompt} {probe.target or ''}" for probe in asked]),
+    )
+
+
+def _recipes(method: Any) -> Iterator[Recipe]:
+    """Every training run inside a method (a method may hold others as fields)."""
+    if isinstance(method, Recipe):
+        yield method
+    elif dataclasses.is_dataclass(method):
+        for field in dataclasses.fields(method):
+            yield from _recipes(getattr(method, field.name))
+
+
+def _train_seconds(
+    recipe: Recipe, tokens: int, parameters: int, speed: float, bandwidth: float
+) -> float:
+    epochs = recipe.epochs / (2 if recipe.until == "learned" else 1)
+    steps = tokens / TYPICAL_TOKENS / recipe.batch_size
+    # Forward and backward: 6 operations a weight and token. AdamW reads and writes 28 bytes a
+    # weight; gradients are written, measured for clipping and cleared: 16 more.
+    return epochs * (6 * parameters * tokens / speed + steps * parameters * 44 / bandwidth)
+
+
+def _speeds() -> tuple[float, float]:
+    """Measured operations and bytes a second: fp32 products of the size of a small batch, and
+    copies larger than the caches."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left, right = torch.ones(128, 1536, device=device), torch.ones(1536, 1536, device=device)
+    large = torch.ones(32 * 1024 * 1024, device=device)
+    operations = 2 * left.numel() * right.shape[1] / _seconds(lambda: left @ right, device)
+    return operations, 2 * 4 * large.numel() / _seconds(large.clone, device)
+
+
+def _seconds(work: Any, device: str) -> float:
+    """The best of several short repetitions: what the machine can do when nobody disturbs it."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(3):
+            work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - started) / 3)
+    return best
+
+
+def _memory_free() -> int:
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.expanduser().resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

@@ -1,0 +1,35 @@
+"""How long work tells somebody that it goes on.
+
+Library code reports to a ``Reporter`` and never prints. ``Silent`` is the default; the command
+line brings one that draws bars on a terminal and writes plain lines in a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+# Called with the number of units done since the last call and a short remark (may be empty).
+Advance = Callable[[int, str], None]
+
+
+class Reporter(Protocol):
+    """Hears about stages of work and sentences worth telling."""
+
+    def stage(self, title: str, total: int) -> contextlib.AbstractContextManager[Advance]:
+        """A piece of work of ``total`` equal units begins; the context ends with it."""
+
+    def say(self, sentence: str) -> None:
+        """One sentence that a person should read."""
+
+
+class Silent:
+    """Hears everything, says nothing."""
+
+    @contextlib.contextmanager
+    def stage(self, title: str, total: int) -> Iterator[Advance]:
+        yield lambda units, remark: None
+
+    def say(self, sentence: str) -> None:
+        return None

@@ -1,0 +1,185 @@
+"""What is kept of one update: its measured result, its files, its line in the ledger."""
+
+from __future__ import annotations
+
+import datetime
+import getpass
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unwrite import scores as scoring
+from unwrite.delta import Delta
+from unwrite.edits import Edit, write_edits
+from unwrite.errors import BadSetting
+from unwrite.files import sha256_bytes, sha256_file, write_json, write_jsonl
+from unwrite.ledger import Entry, Ledger
+from unwrite.scores import Row, Score, Scores
+
+PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update as measured. ``committed`` is false only inside ``RequirementNotMet``."""
+
+    id: str
+    committed: bool
+    method: dict[str, Any]
+    edits: int
+    before: Scores
+    after: Scores
+    perplexity: dict[str, float]
+    seconds: dict[str, float]
+    summary: dict[str, Any]
+    fingerprint: str
+    folder: Path
+    unmet: tuple[str, ...] = ()
+
+    @property
+    def scores(self) -> Scores:
+        """The scores of the state after the update."""
+        return self.after
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity after divided by perplexity before: the collapse gauge."""
+        return self.perplexity["after"] / self.perplexity["before"]
+
+    @property
+    def delta(self) -> Delta:
+        """The change of weights, read lazily from the home."""
+        return Delta.open(self.folder / "delta")
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``unwrite update --json`` prints."""
+        return {
+            "id": self.id,
+            "committed": self.committed,
+            "method": self.method["name"],
+            "settings": self.method,
+            "edits": self.edits,
+            "seconds": self.seconds,
+            "scores": {
+                "before": scoring.as_json(self.before),
+                "after": scoring.as_json(self.after),
+            },
+            "perplexity": self.perplexity,
+            "delta": self.summary,
+            "fingerprint": self.fingerprint,
+            "unmet": list(self.unmet),
+        }
+
+
+@dataclass(frozen=True)
+class Undone:
+    """What an undo did. ``later`` maps each later live update to the reliability it has now."""
+
+    id: str
+    fingerprint: str
+    live: tuple[str, ...]
+    later: dict[str, Score] = field(default_factory=dict)
+
+
+def identity(ledger: Ledger, settings: Mapping[str, Any], edits: Sequence[Edit]) -> str:
+    """An id that names this update in this history: the same work after the same past, the same id."""
+    content = [ledger.head, settings, [edit.as_dict() for edit in edits]]
+    return "u-" + sha256_bytes(json.dumps(content).encode())[:8]
+
+
+def write_files(
+    folder: Path,
+    edits: Sequence[Edit],
+    before: Sequence[Row],
+    after: Sequence[Row],
+    update: Update,
+    command: str,
+) -> dict[str, str]:
+    """Write everything of an update but its delta. Returns the hash of every file, ``delta.json``
+    included, which in turn carries the hash of every tensor."""
+    write_edits(folder / "edits.jsonl", edits)
+    write_jsonl(folder / "before.jsonl", [dict(row) for row in before])
+    write_jsonl(folder / "after.jsonl", [dict(row) for row in after])
+    write_json(folder / "scores.json", update.as_json())
+    write_json(folder / "method.json", update.method)
+    write_json(folder / "environment.json", environment(command))
+    names = (
+        "edits.jsonl",
+        "before.jsonl",
+        "after.jsonl",
+        "scores.json",
+        "method.json",
+        "environment.json",
+        "delta/delta.json",
+    )
+    return {name: sha256_file(folder / name) for name in names}
+
+
+def init_entry(base_name: str, fingerprint: str, base_sha256: str) -> Entry:
+    """The first line of a ledger: which base, and the hash of ``base.json``."""
+    base = {"name": base_name, "fingerprint": fingerprint, "sha256": base_sha256}
+    return {"do": "init", **_signed(), "base": base}
+
+
+def apply_entry(update: Update, why: str, files: Mapping[str, str]) -> Entry:
+    """The line that commits an update."""
+    return {
+        "do": "apply",
+        "id": update.id,
+        **_signed(),
+        "why": why,
+        "method": update.method,
+        "edits": update.edits,
+        "scores": {
+            "before": scoring.as_json(update.before),
+            "after": scoring.as_json(update.after),
+        },
+        "perplexity": update.perplexity,
+        "delta": update.summary,
+        "fingerprint": update.fingerprint,
+        "files": dict(files),
+    }
+
+
+def revert_entry(update: str, why: str, fingerprint: str) -> Entry:
+    """The line that undoes an update."""
+    return {"do": "revert", "of": update, **_signed(), "why": why, "fingerprint": fingerprint}
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Where and how an update was made."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "unwrite": metadata.version("unwrite"),
+        "command": command or Path(sys.argv[0]).name,
+    }
+
+
+def check_text(text: str, name: str) -> None:
+    """Refuse (``BadSetting``) text that cannot be written as UTF-8 (broken command-line bytes)."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadSetting(f"{name} holds characters that are not valid Unicode.") from None
+
+
+def _signed() -> dict[str, str]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container user without a name
+        user = "unknown"
+    return {"at": now.replace("+00:00", "Z"), "by": user, "unwrite": metadata.version("unwrite")}

@@ -1,0 +1,118 @@
+"""Imports flow one way: every module may import only modules of lower layers (DESIGN 2.3).
+
+Read from the source text, so that an import hidden inside a function counts as well.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import unwrite
+
+PACKAGE = Path(unwrite.__file__).parent
+
+# One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
+LAYERS = [
+    {"errors", "files", "progress", "formats", "edits", "data"},
+    {"tensorfile", "weights", "change", "delta", "ledger", "scores", "requirements"},
+    {"anatomy", "pretrained", "model", "training", "observe"},
+    {"methods", "methods.full_ft"},
+    {"home", "plan", "testing"},
+    {"api", "console", "report"},
+    {"cli", "demo", "__main__", "__init__"},
+]
+SIDEWAYS = {
+    ("files", "errors"),
+    ("formats", "errors"),
+    ("formats", "files"),
+    ("edits", "errors"),
+    ("edits", "files"),
+    ("edits", "formats"),
+    ("edits", "data"),
+    ("weights", "tensorfile"),
+    ("delta", "weights"),
+    ("delta", "change"),
+    ("delta", "tensorfile"),
+    ("change", "tensorfile"),
+    ("requirements", "scores"),
+    ("model", "anatomy"),
+    ("model", "pretrained"),
+    ("training", "model"),
+    ("observe", "model"),
+    ("methods", "methods.full_ft"),
+    ("home", "plan"),
+    ("demo", "__init__"),
+    ("demo", "cli"),
+    ("__main__", "cli"),
+}
+HEAVY = {"transformers", "peft", "accelerate"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(part for part in parts if part != "__init__") or "__init__"
+        found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of everything imported anywhere in a file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own(imported: str, known: set[str]) -> str | None:
+    """The module of ours that an imported dotted name belongs to."""
+    if imported != "unwrite" and not imported.startswith("unwrite."):
+        return None
+    name = imported.removeprefix("unwrite").lstrip(".")
+    while name:
+        if name in known:
+            return name
+        name = name.rpartition(".")[0]
+    return "__init__"
+
+
+def layer_of(module: str) -> int:
+    return next(number for number, layer in enumerate(LAYERS) if module in layer)
+
+
+def test_every_module_has_a_layer():
+    placed = set().union(*LAYERS)
+    assert set(modules()) <= placed, "place the new module in LAYERS"
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_flow_down(module):
+    known = modules()
+    if module == "__init__":
+        pytest.skip("the public list names everything, lazily")
+    for imported in imports(known[module]):
+        target = own(imported, set(known))
+        if target is None or target == module:
+            continue
+        below = layer_of(target) < layer_of(module)
+        assert below or (module, target) in SIDEWAYS, f"{module} must not import {target}"
+
+
+@pytest.mark.parametrize("module", sorted(LAYERS[0] | LAYERS[1]))
+def test_the_tensor_layer_works_without_transformers(module):
+    if module not in modules():
+        pytest.skip("a folder of data")
+    names = {name.partition(".")[0] for name in imports(modules()[module])}
+    assert not names & HEAVY
+
+
+def test_nothing_reads_pickles():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text("utf-8")
+        assert "import pickle" not in text
+        assert "torch.load(" not in text, path

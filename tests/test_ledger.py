@@ -1,0 +1,108 @@
+"""The ledger: a fold over lines, and every kind of damage noticed."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unwrite.errors import DamagedFile, HomeError
+from unwrite.ledger import START, Ledger
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def filled(path, *entries):
+    ledger = Ledger.create(path, {"do": "init"})
+    for entry in entries:
+        ledger = ledger.append(entry)
+    return ledger
+
+
+def apply(name):
+    return {"do": "apply", "id": name}
+
+
+def revert(name):
+    return {"do": "revert", "of": name}
+
+
+def test_the_state_is_a_fold(path):
+    ledger = filled(path, apply("a"), apply("b"), revert("a"), apply("c"))
+    assert ledger.live() == ["b", "c"]
+    assert ledger.live(at="b") == ["a", "b"]
+    assert ledger.live(at="base") == []
+    assert list(ledger.applied) == ["a", "b", "c"]
+
+
+def test_what_is_written_is_read(path):
+    ledger = filled(path, apply("a"), {"do": "apply", "id": "ü", "why": "line\nbreak \u2028 ✓"})
+    assert Ledger.open(path) == ledger
+
+
+def test_every_line_names_the_one_before(path):
+    entries = filled(path, apply("a"), apply("b")).entries
+    assert entries[0]["previous"] == START
+    assert [entry["previous"] for entry in entries[1:]] == [
+        entry["sha256"] for entry in entries[:-1]
+    ]
+
+
+def test_an_unknown_update_is_answered_with_the_known_ones(path):
+    with pytest.raises(HomeError, match="Updates: a, b"):
+        filled(path, apply("a"), apply("b")).live(at="z")
+
+
+def test_a_ledger_is_begun_once(path):
+    filled(path)
+    with pytest.raises(HomeError, match="begun only once"):
+        Ledger.create(path, {"do": "init"})
+
+
+def test_a_missing_ledger_means_no_home(path):
+    with pytest.raises(HomeError, match="not a model home"):
+        Ledger.open(path)
+
+
+def test_a_removed_line_shows(path):
+    filled(path, apply("a"), apply("b"))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[2])
+    with pytest.raises(DamagedFile, match="line 2 .* does not follow"):
+        Ledger.open(path)
+
+
+def test_an_edited_line_shows_even_with_its_own_hash_made_anew(path):
+    filled(path, apply("a"), apply("b"))
+    lines = path.read_text().splitlines()
+    from unwrite.ledger import _hash, _line
+
+    forged = json.loads(lines[1]) | {"id": "evil"}
+    forged["sha256"] = _hash(forged)
+    path.write_text("\n".join([lines[0], _line(forged), lines[2]]) + "\n")
+    with pytest.raises(DamagedFile, match="line 3"):
+        Ledger.open(path)
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_every_flipped_byte_is_noticed(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("flip") / "ledger.jsonl"
+    filled(path, apply("a"), revert("a"), apply("b"))
+    content = bytearray(path.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    content[position] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile):
+        Ledger.open(path)
+
+
+@given(st.binary(max_size=200))
+def test_any_file_is_a_ledger_or_a_sentence(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("noise") / "ledger.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DamagedFile):
+        Ledger.open(path)
