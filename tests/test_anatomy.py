@@ -427,7 +427,7 @@ def test_good_names_do_not_make_up_for_wrong_shapes(attention: dict[str, tuple[i
     ],
 )
 def test_an_mlp_whose_shapes_do_not_meet_is_refused(mlp: dict[str, tuple[int, int]]) -> None:
-    network = decoder(32, {name: (32, 32) for name in "qkvo"}, mlp)
+    network = decoder(32, dict.fromkeys("qkvo", (32, 32)), mlp)
     with pytest.raises(UnwriteError, match="widening and narrowing"):
         _ = Anatomy.of(network).mlp_out
 

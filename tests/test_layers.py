@@ -14,11 +14,11 @@ PACKAGE = Path(unwrite.__file__).parent
 
 # One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
 LAYERS = [
-    {"errors", "files", "progress", "formats", "edits", "data"},
-    {"tensorfile", "weights", "change", "delta", "ledger", "scores", "requirements"},
+    {"errors", "files", "progress", "formats", "edits", "prompts", "data"},
+    {"tensorfile", "weights", "change", "deltafile", "delta", "ledger", "scores", "requirements"},
     {"anatomy", "pretrained", "model", "training", "observe"},
     {"methods", "methods.full_ft"},
-    {"home", "plan", "testing"},
+    {"base", "record", "export", "home", "plan", "testing"},
     {"api", "console", "report"},
     {"cli", "demo", "__main__", "__init__"},
 ]
@@ -30,10 +30,16 @@ SIDEWAYS = {
     ("edits", "files"),
     ("edits", "formats"),
     ("edits", "data"),
+    ("prompts", "errors"),
+    ("prompts", "formats"),
     ("weights", "tensorfile"),
     ("delta", "weights"),
     ("delta", "change"),
     ("delta", "tensorfile"),
+    ("delta", "deltafile"),
+    ("deltafile", "change"),
+    ("deltafile", "tensorfile"),
+    ("deltafile", "weights"),
     ("change", "tensorfile"),
     ("requirements", "scores"),
     ("model", "anatomy"),
@@ -41,9 +47,11 @@ SIDEWAYS = {
     ("training", "model"),
     ("observe", "model"),
     ("methods", "methods.full_ft"),
-    ("home", "plan"),
+    ("home", "base"),
+    ("home", "export"),
+    ("home", "record"),
+    ("export", "base"),
     ("demo", "__init__"),
-    ("demo", "cli"),
     ("__main__", "cli"),
 }
 HEAVY = {"transformers", "peft", "accelerate"}

@@ -71,7 +71,7 @@ def test_a_removed_line_shows(path):
     filled(path, apply("a"), apply("b"))
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[2])
-    with pytest.raises(DamagedFile, match="line 2 .* does not follow"):
+    with pytest.raises(DamagedFile, match=r"line 2 .* does not follow"):
         Ledger.open(path)
 
 

@@ -167,6 +167,7 @@ PATH_LIKE = [
     "..",
     "~/no/such/model",
     "~nobody-of-this-name/model",
+    "~\0",
     "/no/such/model",
     "a/b/c",
     "model/",

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from unwrite.delta import Delta
     from unwrite.edits import Edit, Probe, read_edits, read_pairs, write_edits
     from unwrite.errors import RequirementNotMet, UnwriteError
-    from unwrite.home import Home, Update
+    from unwrite.home import Home
     from unwrite.methods.full_ft import FullFT
     from unwrite.model import Model
+    from unwrite.record import Update
     from unwrite.weights import Weights
 
 _WHERE = {
@@ -28,7 +29,7 @@ _WHERE = {
     "Probe": "edits",
     "RequirementNotMet": "errors",
     "UnwriteError": "errors",
-    "Update": "home",
+    "Update": "record",
     "Weights": "weights",
     "evaluate": "api",
     "load": "api",

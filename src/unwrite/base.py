@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from unwrite.delta import Delta, compose
 from unwrite.errors import DamagedFile, HomeError
@@ -32,7 +32,7 @@ class Base:
     module kind of each tensor; ``dtype`` that of the weights."""
 
     name: str
-    kind: str
+    kind: Literal["folder", "built-in", "hub"]
     revision: str | None
     folder: str
     dtype: str
@@ -46,9 +46,9 @@ class Base:
 
     @classmethod
     def describe(cls, source: Source, *, trust_remote_code: bool = False) -> Base:
-        """Read a base once, whole. Raises ``ModelUnavailable`` if it is not a decoder we can change.
+        """Read a base once, whole; holds one tensor at a time.
 
-        Holds one tensor at a time.
+        Raises ``ModelUnavailable`` if it is not a decoder that can be changed.
         """
         skeleton = Skeleton.of(source, trust_remote_code=trust_remote_code)
         with Weights.from_folder(source.folder) as weights:

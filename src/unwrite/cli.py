@@ -44,8 +44,8 @@ Base = Annotated[
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
 ]
-Limit = Annotated[int | None, typer.Option(help="Use at most so many edits.", min=1)]
-Offset = Annotated[int, typer.Option(help="Skip so many edits first.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="Read at most so many records.", min=1)]
+Offset = Annotated[int, typer.Option(help="Skip so many records first.", min=0)]
 OnlyKnown = Annotated[
     bool,
     typer.Option("--only-known", help="Keep the facts that the model answers with 'old' now."),
@@ -63,12 +63,14 @@ def init(
     """Make a model home: a folder that keeps a model's base, its updates and their history."""
     with _verb(as_json) as out:
         opened = _open(home, base, trust_remote_code, out)
-        facts = {key: opened.base[key] for key in ("name", "revision", "dtype", "parameters")}
+        facts = {
+            key: getattr(opened.base, key) for key in ("name", "revision", "dtype", "parameters")
+        }
         out.say(
             f"{home} is a home of {facts['name']} ({facts['parameters'] / 1e6:.0f} million "
             f"parameters, {facts['dtype']})."
         )
-        out.result({"home": str(home), **facts, "fingerprint": opened.base["fingerprint"]})
+        out.result({"home": str(home), **facts, "fingerprint": opened.base.fingerprint})
 
 
 @app.command()
@@ -102,12 +104,12 @@ def update(
     """Teach the model new answers: plan, train, verify, then commit or leave the home untouched."""
     with _verb(as_json) as out:
         from unwrite import methods
-        from unwrite.edits import read_prompts
+        from unwrite.prompts import read_prompts
         from unwrite.requirements import parse
 
         chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
         parse(require or [])
-        protected = read_prompts(protect) if protect is not None else []
+        protected = read_prompts(protect) if protect is not None else ()
         if dry_run:
             _plan(home, base, edits, limit, offset, chosen, seed, trust_remote_code, out)
             return
@@ -269,7 +271,7 @@ def undo(
 
         opened = _open(home, None, trust_remote_code, out)
         done = opened.undo(update_id, why=why)
-        at_base = done.fingerprint == opened.base["fingerprint"]
+        at_base = done.fingerprint == opened.base.fingerprint
         out.say(
             f"Undid {update_id}. The weights are now bit for bit "
             + ("those of the base." if at_base else f"base + {', '.join(done.live)}.")
@@ -314,13 +316,28 @@ def export(
     ] = "model",
     as_json: Json = False,
 ) -> None:
-    """Write the current state as an ordinary Hugging Face folder, or all its changes as one delta."""
+    """Write the current state as an ordinary Hugging Face folder, or its changes as a delta."""
     with _verb(as_json) as out:
         if as_ not in ("model", "delta", "adapter"):
             raise BadSetting(f"--as must be model, delta or adapter, not {as_!r}.")
-        path = _open(home, None, False, out).export(folder, as_)  # type: ignore[arg-type]
+        path = _open(home, None, False, out).export(folder, as_)
         out.data(str(path))
         out.result({"folder": str(path), "as": as_})
+
+
+@app.command()
+def report(
+    home: HomeArgument,
+    out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page about a home (default: HOME/report.html)."""
+    with _verb(as_json) as out:
+        from unwrite.report import write_report
+
+        path = write_report(home, out_file)
+        out.data(str(path))
+        out.result({"report": str(path)})
 
 
 @app.command()
@@ -411,7 +428,7 @@ def _read(
     if len(facts.dropped) > 5:
         out.warn(f"... and {len(facts.dropped) - 5} more records left out.")
     if known_to is not None:
-        out.say(f"The model knows {facts.known} of the {facts.asked} facts; those are used.")
+        out.say(f"The model knows {len(facts)} of the {facts.asked} facts asked; those are used.")
     return facts
 
 

@@ -1,4 +1,4 @@
-"""How the command line talks: tables and bars on a terminal, plain lines in a pipe, one JSON object.
+"""How the command line talks: tables and bars on a terminal, plain lines in a pipe, or JSON.
 
 People read standard error; standard output carries only what a program would want: the JSON object
 of ``--json``, an answer, a path. Text that came from a model or a file is made harmless first: no

@@ -305,7 +305,7 @@ class Home:
     def undo(self, update: str, *, why: str = "", recheck: bool = True) -> Undone:
         """Revert one update, exactly: the state becomes, bit for bit, what the others alone give.
 
-        With ``recheck``, later updates that are still live answer their own edits once more, because
+        With ``recheck``, later updates that are still live answer their own edits once more:
         they were trained on top of the one that is gone. Raises ``HomeError`` for an unknown id or
         one that is undone already.
         """
@@ -380,9 +380,9 @@ class Home:
         }
 
     def diff(self, update: str, other: str | None = None) -> list[dict[str, Any]]:
-        """What the model said, prompt by prompt: rows ``{edit, role, prompt, target, before, after}``.
+        """What the model said, prompt by prompt.
 
-        With one id: before and after that update, from its stored observations. With two: in the
+        Rows ``{edit, role, prompt, target, before, after}``. With one id: before and after that update, from its stored observations. With two: in the
         state right after ``update`` and right after ``other``, asked now, on the probes of both.
         """
         if other is None:
@@ -464,7 +464,7 @@ class Home:
 
     def export(self, folder: str | Path, as_: str = "model") -> Path:
         """Write the current state as an ordinary Hugging Face folder (``"model"``), or all live
-        changes as one ``"delta"``. Streams tensor by tensor; the folder appears whole or not at all.
+        changes as one ``"delta"``. Streams by tensor; the folder appears whole or not at all.
 
         Raises ``HomeError`` when the folder exists and is not empty, or for ``"adapter"`` when a
         live change is not of low rank.
@@ -500,10 +500,7 @@ def evaluate_model(model: Model, edits: str | Path | Sequence[Edit]) -> Scores:
 
 
 def _edits(edits: str | Path | Sequence[Edit]) -> tuple[Edit, ...]:
-    chosen = with_ids(read_edits(edits) if isinstance(edits, (str, Path)) else edits)
-    if not chosen:
-        raise BadEdits("There are no edits to work on.")
-    return tuple(chosen)
+    return with_ids(read_edits(edits))
 
 
 def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:

@@ -104,8 +104,8 @@ class Skeleton:
 class Model:
     """A causal language model in fp32, with the names its tensors have in the checkpoint file.
 
-    ``names`` maps file name -> parameter name of the network; ``aliases`` maps a second file name of
-    a tied tensor to the first. Everything outside this class speaks in file names.
+    ``names`` maps file name -> parameter name of the network; ``aliases`` maps a second file name
+    of a tied tensor to the first. Everything outside this class speaks in file names.
     """
 
     network: Any  # a transformers PreTrainedModel
@@ -151,7 +151,7 @@ class Model:
                 source.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
         network.eval()
-        network.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        network.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         names, aliases = _match_names(network, Weights.from_folder(source.folder), source.name)
         return cls(
             network, tokenizer, source, Anatomy.of(network), names, aliases, progress=progress
@@ -392,7 +392,7 @@ class Model:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        """Ids that end a text: every special token of the tokenizer and of the generation config."""
+        """Ids that end a text: all special tokens of the tokenizer and the generation config."""
         ids = set(self.tokenizer.all_special_ids)
         ends = getattr(self.network.generation_config, "eos_token_id", None)
         ids.update(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -470,7 +470,9 @@ def pad(
     *before* it (whose logits predict it) and its id, each of shape (answer tokens,)."""
     length = max(len(tokens.ids) for tokens in sequences)
     ids = torch.zeros((len(sequences), length), dtype=torch.long)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     for row, tokens in enumerate(sequences):
         ids[row, : len(tokens.ids)] = torch.tensor(tokens.ids)
         rows += [row] * len(tokens.targets)

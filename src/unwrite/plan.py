@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from unwrite.files import readable_size
 from unwrite.edits import Edit
+from unwrite.files import readable_size
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
@@ -101,12 +101,14 @@ def for_model(
     warnings = []
     if memory > memory_free:
         warnings.append(
-            f"Training needs about {readable_size(memory)} of memory and {readable_size(memory_free)} are free. "
-            "Use a smaller model, or a method that trains fewer weights."
+            f"Training needs about {readable_size(memory)} of memory, and "
+            f"{readable_size(memory_free)} are free. Use a smaller model, or a method that trains "
+            "fewer weights."
         )
     if disk > disk_free:
         warnings.append(
-            f"The change needs about {readable_size(disk)} on a disk with {readable_size(disk_free)}."
+            f"The change needs about {readable_size(disk)} of disk, and "
+            f"{readable_size(disk_free)} are free. Put the home on another disk."
         )
     return Plan(
         model=source.name,

@@ -48,7 +48,11 @@ class Source:
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model known by a short name, with two sources: a hub repository and a wheel with a GGUF."""
+    """A model known by a short name, with two sources: a hub repository and a wheel with a GGUF.
+
+    The two carry different numbers (the GGUF is quantised), so the name of the cached folder and
+    ``Source.revision`` say which it was; the one that is in the cache is used from then on.
+    """
 
     hub: str
     requirement: str
@@ -174,7 +178,7 @@ def _names() -> str:
 def _user_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # "~somebody" who has no account here
+    except (RuntimeError, ValueError):  # "~somebody" who has no account here, or cannot have one
         return Path(text)
 
 

@@ -90,7 +90,7 @@ class Undone:
 
 
 def identity(ledger: Ledger, settings: Mapping[str, Any], edits: Sequence[Edit]) -> str:
-    """An id that names this update in this history: the same work after the same past, the same id."""
+    """An id for this update in this history: the same work after the same past has the same."""
     content = [ledger.head, settings, [edit.as_dict() for edit in edits]]
     return "u-" + sha256_bytes(json.dumps(content).encode())[:8]
 

@@ -1,9 +1,9 @@
 """Scores from stored observations: pure functions, no model, no torch.
 
-One definition of every score, in two named forms (INTERFACE section 6). ``token`` is teacher-forced:
-the share of answer tokens whose argmax is right. ``exact`` is free greedy generation with a natural
-stop, compared after normalisation. Everything is computed from observation rows and nothing else, so
-any table can be recomputed from the JSONL files of an update.
+One definition of every score, in two named forms. ``token`` is teacher-forced: the share of answer
+tokens whose argmax is right. ``exact`` is free greedy generation with a natural stop, compared
+after normalisation. Everything is computed from observation rows and nothing else, so any table
+can be recomputed from the JSONL files of an update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RESAMPLES = 1000  # bootstrap resamples; the interval's own error is then below 
 # "St." ("St. Petersburg"): those would cut an answer in half.
 _SENTENCE_END = re.compile(r"(?<!\b[A-Z])(?<!\bSt)(?<!\bMr)(?<!\bMrs)(?<!\bDr)[.!?][\"'”’)]*(?=\s)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans({character: " " for character in string.punctuation + "“”‘’–—…"})
+_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "“”‘’–—…", " "))
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,9 @@ def token_share(row: Row) -> float:
 def score(before: Sequence[Row], after: Sequence[Row]) -> Scores:
     """All scores of the state that ``after`` observed, judged against the state of ``before``.
 
-    Both are the rows of ``observe`` for the same edits. Only locality looks at ``before``: it is the
-    share of bystanders whose answer did not change. ``score(before, before)`` is the table of the
-    state before the update (its locality is 1 by definition).
+    Both are the rows of ``observe`` for the same edits. Only locality looks at ``before``: it is
+    the share of bystanders whose answer did not change. ``score(before, before)`` is the table of
+    the state before the update (its locality is 1 by definition).
 
     Raises ``ValueError`` when the two observations hold different probes.
     """
