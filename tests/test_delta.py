@@ -113,38 +113,40 @@ def test_absence_means_unchanged_and_errors_are_not_absence():
         delta["y"]
 
 
-def test_peak_memory_is_a_few_tensors_not_the_model(tmp_path):
-    """Difference, sum, saving and composing of 40 tensors need less than ten."""
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    """Difference, sum, saving and composing: four times the tensors, the same peak."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc, which this system does not have")
     program = """
-import sys, torch
+import sys
 from pathlib import Path
+import torch
 from unwrite.delta import Delta, compose
 from unwrite.tensorfile import TensorSpec
 from unwrite.weights import Weights, save_weights
 
-def peak():
+def peak_after(folder, count):
+    tensor, other = torch.rand(2, 1024, 1024)
+    files = [f"{n % 2}.safetensors" for n in range(count)]
+    specs = {str(n): TensorSpec(tensor.dtype, tensor.shape, files[n]) for n in range(count)}
+    save_weights(folder / "a", Weights(specs, lambda name: tensor))
+    save_weights(folder / "b", Weights(specs, lambda name: other))
+    a, b = Weights.from_folder(folder / "a"), Weights.from_folder(folder / "b")
+    delta = Delta.between(a, b).save(folder / "d")
+    delta = (delta - 0.5 * delta).stored()
+    save_weights(folder / "c", a, lambda name: compose(a, [delta], name))
     status = Path("/proc/self/status").read_text()
-    return int(next(l for l in status.splitlines() if l.startswith("VmHWM")).split()[1]) * 1024
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / tensor.nbytes
 
 folder = Path(sys.argv[1])
-specs = {str(n): TensorSpec(torch.float32, (1024, 1024), f"{n % 4}.safetensors") for n in range(40)}
-tensor = torch.rand(1024, 1024)
-(tensor - tensor).norm()
-before_any = peak()
-save_weights(folder / "a", Weights(specs, lambda name: tensor + int(name)))
-save_weights(folder / "b", Weights(specs, lambda name: tensor * int(name)))
-a, b = Weights.from_folder(folder / "a"), Weights.from_folder(folder / "b")
-delta = Delta.between(a, b).save(folder / "d")
-delta = (delta - 0.5 * delta).stored()
-save_weights(folder / "c", a, lambda name: compose(a, [delta], name))
-print((peak() - before_any) / tensor.nbytes)
+small = peak_after(folder / "small", 4)
+print(peak_after(folder / "large", 16) - small)
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("peak memory is read from /proc, which this system does not have")
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert float(done.stdout) < 10
+    assert float(done.stdout) < 4  # tensors of 4 MB; the larger model has 12 more
 
 
 # ---- between -----------------------------------------------------------------------------------
@@ -199,7 +201,8 @@ def test_between_refuses_what_it_cannot_do():
 @law
 @given(any_delta, strengths)
 def test_signs_and_scales(delta, strength):
-    assert same_deltas(-(0.0 - (-delta)) if False else -(-1.0 * delta), delta)
+    opposite = -delta
+    assert same_deltas(-opposite, delta)
     scaled = strength * delta
     for name in delta:
         assert same_change(scaled[name], delta[name].scaled(strength))
@@ -598,7 +601,7 @@ def test_a_delta_only_fits_tensors_that_are_there(tmp_path):
         Delta("abcd", lambda name: Dense(shared)).check_fits(weights)
     with pytest.raises(TensorMismatch, match="'head' is the same tensor as 'dense' there"):
         Delta(["head"], lambda name: Dense(shared)).check_fits(weights)
-    with pytest.raises(TensorMismatch, match="'count' .* fp32, bf16 or fp16"):
+    with pytest.raises(TensorMismatch, match=r"'count' .* fp32, bf16 or fp16"):
         Delta(["count"], lambda name: Dense(shared)).check_fits(weights)
     saved = Delta.from_changes({"low": every_encoding()["low"]}).save(tmp_path / "d")
     with pytest.raises(TensorMismatch, match=r"changes 'low' in shape \(6, 4\)"):

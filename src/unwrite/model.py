@@ -140,7 +140,7 @@ class Model:
             else resolve(name, trust_remote_code=trust_remote_code, on_progress=progress.say)
         )
         with _quiet(logging), _model_errors(source.name):
-            network = AutoModelForCausalLM.from_pretrained(
+            network: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=torch.float32,
                 use_safetensors=True,
