@@ -38,10 +38,10 @@ from unwrite.weights import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
 
-@pytest.fixture(params=[1 << 22, 1], ids=["small pages", "huge pages"])
-def pages(request):
-    """Run with tensors from the allocator, and with tensors in memory of their own."""
-    with patch("unwrite.tensorfile.HUGE_PAGES_FROM", request.param):
+@pytest.fixture(params=[1 << 22, 1], ids=["small", "large"])
+def sizes(request):
+    """Run with all tensors treated as small ones, and with all treated as large ones."""
+    with patch("unwrite.tensorfile.LARGE", request.param):
         yield
 
 
@@ -77,7 +77,7 @@ def sharded(folder, parts):
 # ---- one file ----------------------------------------------------------------------------------
 
 
-def test_the_reference_library_reads_what_we_write(tmp_path, pages):
+def test_the_reference_library_reads_what_we_write(tmp_path, sizes):
     made = some_tensors()
     hashes = write(tmp_path / "a.safetensors", made, {"format": "pt"})
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
@@ -88,7 +88,7 @@ def test_the_reference_library_reads_what_we_write(tmp_path, pages):
             assert hashes[name] == tensor_sha256(tensor)
 
 
-def test_we_read_what_the_reference_library_writes(tmp_path, pages):
+def test_we_read_what_the_reference_library_writes(tmp_path, sizes):
     made = some_tensors()
     save_file(made, tmp_path / "a.safetensors", metadata={"format": "pt"})
     weights = Weights.from_file(tmp_path / "a.safetensors")
@@ -121,7 +121,7 @@ def test_bytes_are_those_of_the_tensor(values, dtype):
     )
 
 
-def test_what_is_read_belongs_to_the_reader(tmp_path, pages):
+def test_what_is_read_belongs_to_the_reader(tmp_path, sizes):
     save_file({"x": torch.ones(64, 64)}, tmp_path / "a.safetensors")
     weights = Weights.from_file(tmp_path / "a.safetensors")
     weights["x"].zero_()
@@ -257,7 +257,7 @@ def test_a_file_that_shrinks_while_open_is_an_error_not_a_crash(tmp_path):
     save_file({"x": torch.ones(1000)}, path)
     weights = Weights.from_file(path)
     os.truncate(path, 600)
-    with pytest.raises(DamagedFile, match="ends in the middle of the tensor 'x'"):
+    with pytest.raises(DamagedFile, match="cut off before 'x' could be read"):
         weights["x"]
 
 
@@ -455,7 +455,7 @@ def test_weights_that_differ_in_kind_are_refused_with_a_sentence():
 # ---- writing folders ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_written_in_the_layout_of_its_source(tmp_path, pages):
+def test_a_checkpoint_is_written_in_the_layout_of_its_source(tmp_path, sizes):
     made = some_tensors()
     names = list(made)
     halves = [{name: made[name] for name in part} for part in (names[:4], names[4:])]

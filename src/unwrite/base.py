@@ -113,6 +113,11 @@ class Base:
         """
         folder = Path(self.folder)
         if not folder.is_dir():  # the cache was moved or emptied: the name may still lead there
+            if self.kind == "folder":
+                raise HomeError(
+                    f"The base of this home is gone: there is no folder {folder}. Put it back; a "
+                    "link to where it is now will do."
+                )
             folder = resolve(self.name, on_progress=progress.say).folder
         for name, known in self.files.items():
             file = folder / name
@@ -174,6 +179,5 @@ class Base:
 
 def _belongs(name: str) -> bool:
     """Files of a Hugging Face folder that make up the model; not its read-me or other formats."""
-    return name.endswith((".safetensors", ".json", ".jinja", ".model", ".txt")) and (
-        name != "complete.json"
-    )
+    kinds = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+    return name.endswith(kinds) and name != "complete.json"

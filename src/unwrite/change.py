@@ -23,9 +23,12 @@ import torch
 from unwrite.errors import BadSetting, TensorMismatch
 from unwrite.tensorfile import empty_tensor
 
-# Elements worked on at a time where the full tensor need not exist: small enough for the processor
-# cache, large enough that Python's overhead vanishes. A multiple of 64, the granularity of masks.
-BLOCK = 1 << 20
+# Elements worked on at a time. Fits the processor's cache, and lies just below the size from which
+# torch spreads an operation over all processors: they are busy reading, hashing and writing, and
+# threads waiting for each other cost more than they give (measured: up to five times the processor
+# time). A multiple of 64, the granularity of masks.
+PIECE = 32_704
+MATRIX_PIECE = 1 << 20  # the same for products of matrices, which need larger ones to be fast
 
 Block = tuple[slice, torch.Tensor]
 
@@ -102,7 +105,8 @@ class Change(ABC):
         )
         flat = full.view(-1)
         for place, values in self.blocks():
-            flat[place] = values
+            for part, piece in in_step(flat[place], values):
+                part.copy_(piece)
         return full
 
     def __add__(self, other: Change) -> Change:
@@ -151,7 +155,7 @@ class Dense(Change):
 
     @property
     def changed(self) -> int:
-        return int(torch.count_nonzero(self.values))
+        return _count_nonzero(self.values)
 
     @property
     def squared_norm(self) -> float:
@@ -209,7 +213,7 @@ class LowRank(Change):
 
     def blocks(self) -> Iterator[Block]:
         rows, columns = self.shape
-        step = max(1, BLOCK // max(1, columns))
+        step = max(1, MATRIX_PIECE // max(1, columns))
         a = self.a.double()
         for start in range(0, rows, step):
             run = (self.b[start : start + step].double() @ a).mul_(self.scale).float()
@@ -260,7 +264,7 @@ class Masked(Change):
 
     @property
     def changed(self) -> int:
-        return int(torch.count_nonzero(self.values))
+        return _count_nonzero(self.values)
 
     @property
     def squared_norm(self) -> float:
@@ -276,8 +280,8 @@ class Masked(Change):
     def blocks(self) -> Iterator[Block]:
         size, used = math.prod(self.shape), 0
         packed = self.bits.cpu().numpy()
-        for start in range(0, size, BLOCK):
-            count = min(BLOCK, size - start)
+        for start in range(0, size, PIECE):
+            count = min(PIECE, size - start)
             flags = np.unpackbits(packed[start // 8 :], count=count, bitorder="little")
             inside = torch.from_numpy(flags).view(torch.bool).to(self.values.device)
             kept = int(np.count_nonzero(flags))
@@ -317,7 +321,17 @@ def add_into(target: torch.Tensor, change: Change) -> None:
         )
     flat = target.view(-1)
     for place, values in change.blocks():
-        flat[place] += values.to(flat.device)
+        for part, piece in in_step(flat[place], values.to(flat.device)):
+            part += piece
+
+
+def in_step(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Flat pieces of tensors of one size, side by side; tensors not on the CPU come whole.
+
+    Pieces of a contiguous tensor are views: writing into them writes into the tensor.
+    """
+    size = PIECE if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    return zip(*(tensor.reshape(-1).split(size) for tensor in tensors), strict=True)
 
 
 def _add_low_rank(one: LowRank, two: LowRank) -> LowRank:
@@ -339,8 +353,13 @@ def _add_masked(one: Masked, two: Masked) -> Masked:
 
 
 def _scaled(values: torch.Tensor, strength: float) -> torch.Tensor:
-    scaled = empty_tensor(values.shape, torch.float32) if values.device.type == "cpu" else None
-    return torch.mul(values, _finite(strength), out=scaled)
+    strength = _finite(strength)
+    if values.device.type != "cpu":
+        return values * strength
+    scaled = empty_tensor(values.shape, torch.float32)
+    for part, piece in in_step(scaled, values):
+        torch.mul(piece, strength, out=part)
+    return scaled
 
 
 def _finite(strength: float) -> float:
@@ -353,6 +372,12 @@ def _squared_norm(values: torch.Tensor) -> float:
     """Sum of squares in float64, without a float64 copy of the values."""
     flat = values.reshape(-1).cpu().numpy()
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+
+
+def _count_nonzero(values: torch.Tensor) -> int:
+    # Comparing first: counting floats directly branches on each, ten times slower on sparse values.
+    pieces = values.reshape(-1).cpu().split(PIECE)
+    return sum(int(np.count_nonzero(piece.numpy() != 0)) for piece in pieces)
 
 
 def _packed_size(elements: int) -> int:

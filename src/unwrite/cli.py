@@ -17,7 +17,7 @@ import typer
 
 from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
-from unwrite.files import readable_size
+from unwrite.files import readable_size, speaking_of_disk
 
 if TYPE_CHECKING:
     from unwrite.edits import Edits
@@ -110,11 +110,13 @@ def update(
         chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
         parse(require or [])
         protected = read_prompts(protect) if protect is not None else ()
+        facts = _read(edits, limit, offset, out)  # before a home is made: bad edits leave nothing
         if dry_run:
-            _plan(home, base, edits, limit, offset, chosen, seed, trust_remote_code, out)
+            _plan(home, base, facts, chosen, trust_remote_code, out)
             return
         opened = _open(home, base, trust_remote_code, out)
-        facts = _read(edits, limit, offset, opened if only_known else None, out)
+        if only_known:
+            facts = _known(facts, opened, out)
         try:
             done = opened.update(
                 facts,
@@ -171,7 +173,7 @@ def evaluate(
         from unwrite import api, scores
         from unwrite.home import is_home
 
-        facts = _read(edits, limit, offset, None, out)
+        facts = _read(edits, limit, offset, out)
         if is_home(target):
             opened = _open(Path(target), None, trust_remote_code, out)
             before, after = opened.evaluate(facts)
@@ -262,6 +264,9 @@ def undo(
     home: HomeArgument,
     update_id: IdArgument,
     why: Why = "",
+    recheck: Annotated[
+        bool, typer.Option(help="Ask the edits of later updates again, which stood on this one.")
+    ] = True,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -270,7 +275,7 @@ def undo(
         from dataclasses import asdict
 
         opened = _open(home, None, trust_remote_code, out)
-        done = opened.undo(update_id, why=why)
+        done = opened.undo(update_id, why=why, recheck=recheck)
         at_base = done.fingerprint == opened.base.fingerprint
         out.say(
             f"Undid {update_id}. The weights are now bit for bit "
@@ -361,6 +366,7 @@ def methods(as_json: Json = False) -> None:
 def doctor(
     base: Annotated[str | None, typer.Argument(help="A model to plan for.", metavar="BASE")] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Versions, devices, memory and disk; with a model, what an update of it needs."""
@@ -368,14 +374,14 @@ def doctor(
         from unwrite import methods as known
         from unwrite import plan
 
-        report: dict[str, Any] = plan.machine()
-        out.table("This machine", ("what", "value"), list(report.items()))
+        chosen = known.build(method or known.DEFAULT, {})
+        machine = plan.machine()
+        out.table("This machine", ("what", "value"), list(machine.items()))
+        needs = None
         if base is not None:
-            chosen = known.build(method or known.DEFAULT, {})
-            needs = plan.for_model(base, chosen, progress=out)
-            report = {"machine": report, "plan": needs.as_json()}
+            needs = plan.for_model(base, chosen, trust_remote_code=trust_remote_code, progress=out)
             _show_plan(out, needs)
-        out.result(report)
+        out.result({"machine": machine, "plan": needs.as_json() if needs else None})
 
 
 def main() -> None:
@@ -392,13 +398,14 @@ def _verb(as_json: bool) -> Iterator[Terminal]:
     """Errors for people end with their sentence and exit code, without a traceback."""
     out = Terminal(as_json)
     try:
-        yield out
+        with speaking_of_disk("finish this"):
+            yield out
     except UnwriteError as error:
         out.fail(str(error))
         out.result({"error": str(error)})
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        out.fail("Interrupted; nothing was changed.")
+        out.fail("Interrupted. Nothing is half-done; 'unwrite history' shows what is committed.")
         raise typer.Exit(130) from None
     except MemoryError:
         out.fail("The memory of this machine ran out; nothing was changed.")
@@ -415,21 +422,23 @@ def _open(home: Path, base: str | None, trust_remote_code: bool, out: Terminal) 
     return Home.open(home, base, trust_remote_code=trust_remote_code, progress=out)
 
 
-def _read(
-    edits: str, limit: int | None, offset: int, known_to: Home | None, out: Terminal
-) -> Edits:
+def _read(edits: str, limit: int | None, offset: int, out: Terminal) -> Edits:
     from unwrite.edits import read_edits
 
-    facts = read_edits(
-        edits, limit, offset, known_to=known_to.model() if known_to is not None else None
-    )
+    facts = read_edits(edits, limit, offset)
     for sentence in facts.dropped[:5]:
         out.warn(sentence)
     if len(facts.dropped) > 5:
         out.warn(f"... and {len(facts.dropped) - 5} more records left out.")
-    if known_to is not None:
-        out.say(f"The model knows {len(facts)} of the {facts.asked} facts asked; those are used.")
     return facts
+
+
+def _known(facts: Edits, home: Home, out: Terminal) -> Edits:
+    from unwrite.edits import read_edits
+
+    known = read_edits(facts, known_to=home.model())
+    out.say(f"The model knows {len(known)} of the {known.asked} facts asked; those are used.")
+    return known
 
 
 def _pairs(settings: list[str]) -> dict[str, str]:
@@ -451,28 +460,19 @@ def _command() -> str:
 
 
 def _plan(
-    home: Path,
-    base: str | None,
-    edits: str,
-    limit: int | None,
-    offset: int,
-    method: Any,
-    seed: int | None,
-    trust_remote_code: bool,
-    out: Terminal,
+    home: Path, base: str | None, facts: Edits, method: Any, trust_remote_code: bool, out: Terminal
 ) -> None:
     from unwrite import plan
-    from unwrite.home import Home, is_home
+    from unwrite.home import is_home
 
-    facts = _read(edits, limit, offset, None, out)
+    name: Any = base
     if is_home(home):
-        opened = Home.open(home, base, progress=out)
-        name: Any = opened.source
-    elif base is not None:
-        name = base
-    else:
+        name = _open(home, base, trust_remote_code, out).source
+    elif base is None:
         raise BadSetting(f"{home} is not a model home yet; add --base MODEL.")
-    needs = plan.for_model(name, method, facts, folder=home, progress=out)
+    needs = plan.for_model(
+        name, method, facts, folder=home, trust_remote_code=trust_remote_code, progress=out
+    )
     _show_plan(out, needs)
     out.result({"dry_run": True, "committed": False, **needs.as_json()})
 

@@ -70,10 +70,12 @@ class Terminal:
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0
     ) -> None:
         """A table; the last ``numbers`` columns are aligned to the right."""
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        # As Text, so that square brackets in names are not taken for markup.
+        heading = Text(harmless(title), style="bold") if title else None
+        table = Table(title=heading, title_justify="left", title_style="", header_style="bold")
         for index, name in enumerate(columns):
             right = index >= len(columns) - numbers
-            table.add_column(name, justify="right" if right else "left", overflow="fold")
+            table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
         for row in rows:
             table.add_row(
                 *(cell if isinstance(cell, Text) else Text(harmless(str(cell))) for cell in row)
@@ -89,12 +91,12 @@ class Terminal:
         outermost = self._bars is None
         if outermost:
             self._bars = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[remark]}"),
+                TextColumn("{task.fields[remark]}", markup=False),
                 console=self.console,
                 transient=True,
             )
@@ -129,14 +131,19 @@ class Terminal:
     # ---- for programs ------------------------------------------------------------------------
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """The one JSON object of ``--json``; nothing without it."""
+        """The one JSON object of ``--json``; nothing without it.
+
+        In ASCII, so that it can be written whatever the encoding of the pipe, and no control or
+        direction-changing character reaches a terminal.
+        """
         if self.as_json:
-            sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
+            sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
 
     def data(self, line: str) -> None:
         """One line of data on standard output; nothing with ``--json``."""
         if not self.as_json:
-            sys.stdout.write(line + "\n")
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def score_rows(before: Scores, after: Scores) -> list[list[str]]:

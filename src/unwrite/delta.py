@@ -25,7 +25,7 @@ from typing import Any, Self, overload
 
 import torch
 
-from unwrite.change import Change, Dense, add_into
+from unwrite.change import Change, Dense, add_into, in_step
 from unwrite.deltafile import LARGEST_SHARD, SavedChanges, TensorFacts, save_changes, totals
 from unwrite.errors import BadSetting, TensorMismatch
 from unwrite.tensorfile import empty_tensor
@@ -109,8 +109,8 @@ class Delta(Mapping[str, Change]):
         """What turns ``before`` into ``after``: ``after - before`` in fp32, tensor by tensor.
 
         Raises ``TensorMismatch`` unless names, shapes and dtypes agree. Tensors of other than
-        floating-point numbers must be equal and are left out. Reading one tensor holds two fp32
-        copies of it and one of each original.
+        floating-point numbers must be equal and are left out. Reading one tensor holds an fp32 copy
+        of it and both originals.
         """
         check_same_tensors(before, after)
         names = [name for name in before if before.dtype(name).is_floating_point]
@@ -322,7 +322,7 @@ def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
     if not live:
         return tensor
     _check_changeable(base, [name])
-    total = _fp32_copy(tensor)
+    total = _cast(tensor, torch.float32)
     for delta in live:
         change = delta[name]
         if change.shape != tuple(tensor.shape):
@@ -331,18 +331,22 @@ def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
                 f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
             )
         add_into(total, change)
-    return total.to(tensor.dtype)
+    return total if tensor.dtype == torch.float32 else _cast(total, tensor.dtype)
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    before, after = before.detach().cpu(), after.detach().cpu()
-    if before.dtype == torch.float32:
-        return torch.sub(after, before, out=empty_tensor(after.shape, torch.float32))
-    return _fp32_copy(after).sub_(_fp32_copy(before))
+    result = empty_tensor(after.shape, torch.float32)
+    for part, start, end in in_step(result, before.detach().cpu(), after.detach().cpu()):
+        part.copy_(end).sub_(start.float())
+    return result
 
 
-def _fp32_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return empty_tensor(tensor.shape, torch.float32).copy_(tensor)
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A fresh copy, rounded to nearest even where ``dtype`` is narrower."""
+    result = empty_tensor(tensor.shape, dtype)
+    for part, piece in in_step(result, tensor.detach().cpu()):
+        part.copy_(piece)
+    return result
 
 
 def _check_changeable(weights: Weights, names: Iterable[str]) -> None:

@@ -76,6 +76,7 @@ def _write_model(
 
 def _whole_or_not_at_all(target: Path, write: Callable[[Path], None]) -> None:
     """Fill a scratch folder beside ``target`` and give it that name when it is complete."""
+    target = target.resolve()  # a link to an empty folder is filled where it leads
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
     shutil.rmtree(scratch, ignore_errors=True)

@@ -16,6 +16,14 @@ from unwrite.errors import DamagedFile, HomeBusy, UnwriteError
 BLOCK = 1 << 22  # bytes read at a time when hashing; large enough that Python's overhead vanishes
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as a user wrote it, with ``~`` for home folders (of users that exist)."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames and new names inside ``folder`` survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -136,6 +144,9 @@ def speaking_of_disk(action: str) -> Iterator[None]:
             errno.EROFS: "the file system is read-only; use another folder",
             errno.EACCES: "permission is denied; check who owns the folder",
             errno.EPERM: "permission is denied; check who owns the folder",
+            errno.ENOTDIR: "a part of the path is a file; name another folder",
+            errno.EEXIST: "a part of the path is a file; name another folder",
+            errno.ENAMETOOLONG: "the name is too long; name another folder",
             errno.EIO: "the disk reports an input/output error; check it",
         }
         if error.errno not in reasons:

@@ -16,13 +16,15 @@ Memory: what the method says it needs; composing holds a few tensors.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,7 @@ from unwrite.files import (
     sha256_file,
     speaking_of_disk,
     sync_folder,
+    user_path,
 )
 from unwrite.ledger import Entry, Ledger
 from unwrite.model import Model
@@ -77,6 +80,9 @@ class Home:
         self._trust_remote_code = trust_remote_code
         self._model: Model | None = None
         self._held: list[str] | None = None  # the updates that the network in memory includes
+        self._sound: set[str] = (
+            set()
+        )  # updates whose stored tensors were compared with their hashes
 
     # ---- opening -----------------------------------------------------------------------------
 
@@ -94,11 +100,12 @@ class Home:
         Raises ``HomeError`` when the folder is something else, when ``base`` differs from the
         home's own, or when the base's files changed since the home was made.
         """
-        path = Path(folder).expanduser()
+        path = user_path(folder)
         progress = progress or Silent()
         if is_home(path):
             home = cls(path, Base.read(path), progress, trust_remote_code)
-            if base is not None and str(base) != home.base.name:
+            # A relative path means another folder in another place; other names mean one model.
+            if base is not None and (str(base) != home.base.name or home.base.kind == "folder"):
                 given = resolve(base, on_progress=progress.say).folder.resolve()
                 if given != Path(home.base.folder).resolve():
                     raise HomeError(
@@ -107,10 +114,11 @@ class Home:
                     )
             return home
         if base is None:
+            with speaking_of_disk(f"open {path}"):
+                missing = "" if path.exists() else " (it does not exist)"
             raise HomeError(
-                f"{path} is not a model home"
-                + (" (it does not exist)" if not path.exists() else "")
-                + f". Make one with: unwrite init {path} --base MODEL"
+                f"{path} is not a model home{missing}. "
+                f"Make one with: unwrite init {path} --base MODEL"
             )
         if is_home(base):
             raise HomeError(f"{base} is a model home, not a model. Export it, then use that.")
@@ -119,19 +127,13 @@ class Home:
 
     @classmethod
     def _make(cls, path: Path, source: Source, progress: Reporter, trust_remote_code: bool) -> Home:
-        if path.exists() and not path.is_dir():
-            raise HomeError(f"{path} is a file; a home is a folder.")
         with speaking_of_disk(f"make a home in {path}"):
+            _check_free(path)
+            base = Base.describe(source, trust_remote_code=trust_remote_code)
             path.mkdir(parents=True, exist_ok=True)
             with only_writer(path):
-                # A half-made home has base.json (or its temporary) but no ledger: begin again.
-                foreign = [item.name for item in path.iterdir() if not item.name.startswith(_OWN)]
-                if foreign:
-                    raise HomeError(
-                        f"{path} has other files in it ({foreign[0]}, ...); "
-                        "a home is made in an empty or new folder."
-                    )
-                base = Base.describe(source, trust_remote_code=trust_remote_code)
+                _check_free(path)
+                _remove_temporaries(path)
                 written = base.write(path)
                 first = record.init_entry(base.name, base.fingerprint, written)
                 Ledger.create(path / LEDGER, first)
@@ -144,9 +146,14 @@ class Home:
         """The history, read and checked anew (another process may have added to it)."""
         ledger = Ledger.open(self.folder / LEDGER)
         first = ledger.entries[0].get("base")
-        if not isinstance(first, dict) or first.get("fingerprint") != self.base.fingerprint:
+        file = self.folder / bases.NAME
+        if (
+            not isinstance(first, dict)
+            or not file.is_file()
+            or sha256_file(file) != first["sha256"]
+        ):
             raise DamagedFile(
-                f"{self.folder / bases.NAME} is not the base that {LEDGER} begins with. "
+                f"{file} is damaged: it is not the base that {LEDGER} begins with. "
                 "Put back both from one copy of the home."
             )
         return ledger
@@ -162,7 +169,10 @@ class Home:
 
         It is the same object every time: a later call for another state changes it.
         """
-        live = self.ledger.live(at)
+        return self._model_with(self.ledger.live(at))
+
+    def _model_with(self, live: Sequence[str]) -> Model:
+        live = list(live)
         if self._model is None:
             self.progress.say(f"Loading {self.base.name}")
             self._model = Model.load(
@@ -176,10 +186,19 @@ class Home:
         return self._model
 
     def deltas(self, live: Sequence[str]) -> list[Delta]:
-        """The deltas of updates, opened (not read), each checked to belong to this base."""
-        opened = [Delta.open(self._update_folder(update) / "delta") for update in live]
-        for delta in opened:
+        """The deltas of updates, opened, each checked to belong to this base and, the first time,
+        to be what was saved (this reads all of it).
+
+        Raises ``DamagedFile``: nothing is answered, measured or committed on damaged weights.
+        """
+        opened, ledger = [], self.ledger
+        for update in live:
+            delta = Delta.open(self._file(ledger.entry(update), "delta/delta.json").parent)
             delta.check_base(self.base.fingerprint, self.base.name)
+            if update not in self._sound:
+                delta.verify()
+                self._sound.add(update)
+            opened.append(delta)
         return opened
 
     # ---- update ------------------------------------------------------------------------------
@@ -238,9 +257,15 @@ class Home:
         settings = methods.settings_of(method)
         name = record.identity(ledger, settings, edits)
         folder = self.folder / UPDATES / name
-        folder.mkdir(parents=True)
+        if folder.exists():
+            raise HomeError(
+                f"{folder} is there already, but not in the ledger: the ledger lost its last "
+                "lines. Put back the whole ledger, or move that folder away."
+            )
         try:
+            folder.mkdir(parents=True)
             (folder / PARTIAL).touch()
+            sync_folder(folder)
             with clock.of("arithmetic"):
                 provenance = {
                     "base": self.base.fingerprint,
@@ -249,6 +274,7 @@ class Home:
                 }
                 stored = delta.save(folder / "delta", provenance=provenance)
                 del delta  # the model-sized change is on disk now
+                stored.check_fits(model.weights)
                 self._held = None
                 deltas = [*self.deltas(live), stored]
                 model.become(deltas)
@@ -283,22 +309,23 @@ class Home:
                 self._held = [*live, name]
                 (folder / PARTIAL).unlink()
         except BaseException:
-            if self.ledger.head == ledger.head:  # not committed: leave nothing behind
-                shutil.rmtree(folder, ignore_errors=True)
+            if Ledger.open(ledger.path).head == ledger.head:  # not committed: leave nothing behind
+                with contextlib.suppress(OSError):
+                    _remove(folder)
+                    folder.parent.rmdir()  # if it is empty, it was made for this update
             raise
+        self._sound.add(name)
         return update
 
     def _sweep(self) -> None:
         """Finish or remove what a killed process left behind. Only under the write lock."""
-        for name in (bases.NAME, LEDGER):
-            for stray in self.folder.glob(f".{name}.*"):  # temporaries of atomic writes
-                stray.unlink()
+        _remove_temporaries(self.folder)
         committed = self.ledger.applied
-        for marker in (self.folder / UPDATES).glob(f"*/{PARTIAL}"):
-            if marker.parent.name in committed:
-                marker.unlink()
-            else:
-                shutil.rmtree(marker.parent)
+        for folder in (self.folder / UPDATES).glob("*"):
+            if folder.name in committed:
+                (folder / PARTIAL).unlink(missing_ok=True)
+            elif _is_leftover(folder):
+                _remove(folder)
 
     # ---- undo --------------------------------------------------------------------------------
 
@@ -306,7 +333,8 @@ class Home:
         """Revert one update, exactly: the state becomes, bit for bit, what the others alone give.
 
         With ``recheck``, later updates that are still live answer their own edits once more:
-        they were trained on top of the one that is gone. Raises ``HomeError`` for an unknown id or
+        they were trained on top of the one that is gone. That comes before the commit, so an error
+        or an interruption leaves everything as it was. Raises ``HomeError`` for an unknown id or
         one that is undone already.
         """
         record.check_text(why, "why")
@@ -319,21 +347,21 @@ class Home:
                 raise HomeError(f"The update {update} is undone already.")
             left = [one for one in live if one != update]
             fingerprint = self.fingerprint(left)
+            later = left[live.index(update) :] if recheck else []
+            checked = {one: self._reliability(ledger.entry(one), left) for one in later}
             with _uninterrupted():
                 ledger.append(record.revert_entry(update, why, fingerprint))
-        later = left[live.index(update) :] if recheck else []
-        return Undone(
-            update, fingerprint, tuple(left), {one: self._reliability_now(one) for one in later}
-        )
+        return Undone(update, fingerprint, tuple(left), checked)
 
     def fingerprint(self, live: Sequence[str]) -> str:
         """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it."""
         return self.base.fingerprint_with(self.source.folder, self.deltas(live))
 
-    def _reliability_now(self, update: str) -> Score:
-        edits = read_edits(self._update_folder(update) / "edits.jsonl")
+    def _reliability(self, entry: Entry, live: Sequence[str]) -> Score:
+        """How the state with ``live`` updates answers the edits of one of them."""
+        edits = read_edits(self._file(entry, "edits.jsonl"))
         probes = [one for one in questions(edits) if one.role == "reliability"]
-        rows = observe(self.model(), probes)
+        rows = observe(self._model_with(live), probes)
         return scoring.score(rows, rows)["reliability"]
 
     # ---- reading -----------------------------------------------------------------------------
@@ -370,20 +398,20 @@ class Home:
         change lives (see ``Base.where``)."""
         ledger = self.ledger
         entry = ledger.entry(update)
-        folder = self._update_folder(update)
-        environment = read_json(folder / "environment.json")
+        delta = Delta.open(self._file(entry, "delta/delta.json").parent)
         return {
             **entry,
             "live": update in ledger.live(),
-            "environment": environment,
-            "where": self.base.where(Delta.open(folder / "delta")),
+            "environment": read_json(self._file(entry, "environment.json")),
+            "where": self.base.where(delta),
         }
 
     def diff(self, update: str, other: str | None = None) -> list[dict[str, Any]]:
         """What the model said, prompt by prompt.
 
-        Rows ``{edit, role, prompt, target, before, after}``. With one id: before and after that update, from its stored observations. With two: in the
-        state right after ``update`` and right after ``other``, asked now, on the probes of both.
+        Rows ``{edit, role, prompt, target, before, after}``. With one id: before and after that
+        update, from its stored observations. With two: in the state right after ``update`` and
+        right after ``other``, asked now, on the probes of both.
         """
         if other is None:
             first, second = self.observations(update)
@@ -406,9 +434,9 @@ class Home:
 
     def observations(self, update: str) -> tuple[Sequence[Row], Sequence[Row]]:
         """The stored rows of an update, before and after."""
-        self.ledger.entry(update)
-        folder = self._update_folder(update)
-        return read_jsonl(folder / "before.jsonl"), read_jsonl(folder / "after.jsonl")
+        entry = self.ledger.entry(update)
+        before, after = (self._file(entry, name) for name in ("before.jsonl", "after.jsonl"))
+        return read_jsonl(before), read_jsonl(after)
 
     # ---- verify and export -------------------------------------------------------------------
 
@@ -418,6 +446,11 @@ class Home:
         The hash chain of the ledger, the hashes of every update's files and tensors, the files of
         the base, and the fingerprint of the recomposed state against the recorded one.
         """
+        # Seen before the ledger is read: a folder that is complete by now has its line by then,
+        # whatever another process is committing.
+        folders = [
+            one for one in sorted((self.folder / UPDATES).glob("*")) if not _is_leftover(one)
+        ]
         try:
             ledger = self.ledger
             source = self.source
@@ -426,15 +459,13 @@ class Home:
         applied = ledger.applied
         problems: list[str] = []
         with self.progress.stage("verifying", len(applied) + 2) as advance:
-            if sha256_file(self.folder / bases.NAME) != ledger.entries[0]["base"]["sha256"]:
-                problems.append(f"{self.folder / bases.NAME} is not as it was written.")
             problems += self.base.problems(source.folder)
             advance(1, "base")
             for update, entry in applied.items():
-                problems += self._problems_of(update, entry)
+                problems += self._problems_of(entry)
                 advance(1, update)
-            for folder in sorted((self.folder / UPDATES).glob("*")):
-                if folder.name not in applied and not (folder / PARTIAL).exists():
+            for folder in folders:
+                if folder.name not in applied:
                     problems.append(
                         f"{folder} is not in the ledger: the ledger lost its last lines, or the "
                         "folder was put there by hand."
@@ -446,20 +477,18 @@ class Home:
             advance(1, "state")
         return problems
 
-    def _problems_of(self, update: str, entry: Entry) -> list[str]:
+    def _problems_of(self, entry: Entry) -> list[str]:
         problems = []
-        try:
-            folder = self._update_folder(update)
-            for name, known in entry["files"].items():
-                file = folder / name
-                if not file.is_file():
-                    problems.append(f"{file} is missing.")
-                elif sha256_file(file) != known:
-                    problems.append(f"{file} is not as it was written.")
-            if not problems:
-                Delta.open(folder / "delta").verify()
-        except UnwriteError as error:
-            problems.append(str(error))
+        for name in entry["files"]:
+            try:
+                self._file(entry, name)
+            except UnwriteError as error:
+                problems.append(str(error))
+        if not problems:
+            try:
+                Delta.open(self._update_folder(entry["id"]) / "delta").verify()
+            except UnwriteError as error:
+                problems.append(str(error))
         return problems
 
     def export(self, folder: str | Path, as_: str = "model") -> Path:
@@ -471,7 +500,7 @@ class Home:
         """
         live = self.ledger.live()
         return export_state(
-            Path(folder).expanduser(),
+            user_path(folder),
             as_,
             self.base,
             self.source.folder,
@@ -479,6 +508,18 @@ class Home:
             self.deltas(live),
             self.progress,
         )
+
+    def _file(self, entry: Entry, name: str) -> Path:
+        """A file of an update, compared with its hash in the ledger. Raises ``DamagedFile``."""
+        file = self._update_folder(entry["id"]) / name
+        if not file.is_file():
+            raise DamagedFile(f"{file} is missing. Put it back from a copy of the home.")
+        if sha256_file(file) != entry["files"].get(name):
+            raise DamagedFile(
+                f"{file} is damaged: it is not as it was written. Put it back from a copy of the "
+                "home."
+            )
+        return file
 
     def _update_folder(self, update: str) -> Path:
         if not _ID.fullmatch(update):
@@ -488,7 +529,10 @@ class Home:
 
 def is_home(folder: str | Path) -> bool:
     """Whether ``folder`` is a model home (its ledger is what is written last)."""
-    return (Path(folder).expanduser() / LEDGER).is_file()
+    try:
+        return (user_path(folder) / LEDGER).is_file()
+    except OSError:  # too long for a name, or closed to us
+        return False
 
 
 def evaluate_model(model: Model, edits: str | Path | Sequence[Edit]) -> Scores:
@@ -506,14 +550,70 @@ def _edits(edits: str | Path | Sequence[Edit]) -> tuple[Edit, ...]:
 def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:
     """The method with seed and protected prompts in every place that takes them."""
     method = method if method is not None else methods.build(methods.DEFAULT, {})
-    if not hasattr(method, "delta"):
-        raise BadSetting(f"{method!r} is not a method: it has no delta(model, edits).")
+    if not hasattr(method, "delta") or not is_dataclass(method) or isinstance(method, type):
+        raise BadSetting(
+            f"{method!r} is not a method: give an instance of a frozen dataclass with "
+            "delta(model, edits), such as FullFT()."
+        )
+    if isinstance(protect, str):
+        raise BadSetting("protect is one text where a list of prompts is needed: put it in [ ].")
     for name, value in (("seed", seed), ("protect", tuple(protect) or None)):
         if value is not None:
             method, places = methods.replaced(method, name, value)
             if places == 0:
-                raise BadSetting(f"The method {method.name} takes no {name!r}.")
+                taken_by = methods.settings_of(method)["name"]
+                raise BadSetting(f"The method {taken_by} takes no {name!r}.")
+    settings = methods.settings_of(method)
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError):
+        raise BadSetting(
+            f"The settings of the method cannot be kept in the ledger: {settings}. Fields are "
+            "finite numbers, texts, truth values, lists of these, or methods."
+        ) from None
     return method
+
+
+def _check_free(path: Path) -> None:
+    """Refuse (``HomeError``) to make a home where something else is."""
+    if path.exists() and not path.is_dir():
+        raise HomeError(f"{path} is a file; a home is a folder.")
+    # A half-made home has base.json (or its temporary) but no ledger: that is begun again.
+    inside = sorted(item.name for item in path.iterdir()) if path.exists() else []
+    if foreign := [name for name in inside if not name.startswith(_OWN)]:
+        raise HomeError(
+            f"{path} has other files in it ({foreign[0]}, ...); a home is made in an empty or new "
+            "folder."
+        )
+
+
+def _remove_temporaries(home: Path) -> None:
+    """Remove what atomic writes of a killed process left. Only under the write lock."""
+    for name in (bases.NAME, LEDGER):
+        for stray in home.glob(f".{name}.*"):
+            stray.unlink()
+
+
+def _is_leftover(folder: Path) -> bool:
+    """Whether a killed process left this folder half-made or half-removed (see ``_remove``)."""
+    try:
+        names = {item.name for item in folder.iterdir()}
+    except FileNotFoundError:  # it is being removed
+        return True
+    except NotADirectoryError:
+        return False
+    return not names or PARTIAL in names
+
+
+def _remove(folder: Path) -> None:
+    """Remove a partial update, the marker last: cut off anywhere, it is still known as partial."""
+    for item in folder.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != PARTIAL:
+            item.unlink()
+    (folder / PARTIAL).unlink(missing_ok=True)
+    folder.rmdir()
 
 
 def _check_readable(model: Model, edits: Sequence[Edit], asked: Sequence[Question]) -> None:
@@ -521,7 +621,8 @@ def _check_readable(model: Model, edits: Sequence[Edit], asked: Sequence[Questio
     for edit in edits:
         model.tokens(edit.prompt, edit.new)
     for probe in asked:
-        model.tokens(probe.prompt, probe.target or ".")
+        if probe.target is not None:  # the others are asked, and so read, before training
+            model.tokens(probe.prompt, probe.target)
 
 
 def _check_measurable(requirements: Sequence[Requirement], roles: set[str]) -> None:
@@ -560,9 +661,22 @@ class _Clock:
 
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C for the few milliseconds of a commit: it is done or not, and known which."""
-    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Hold back Ctrl-C and SIGTERM for the few milliseconds of a commit: it is done or not, and it
+    is known which. They take effect at the end of the block.
+
+    Masking signals would not do: another thread would take them, and Python would still raise the
+    interruption here.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs signal handlers in its main thread only
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    old = {number: signal.signal(number, lambda n, _frame: came.append(n)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        for missed in came:
+            signal.raise_signal(missed)

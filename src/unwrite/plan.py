@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from unwrite.edits import Edit
+from unwrite.errors import ModelUnavailable
 from unwrite.files import readable_size
+from unwrite.model import Skeleton
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
@@ -77,18 +79,24 @@ def for_model(
     edits: Sequence[Edit] | None = None,
     *,
     folder: Path = Path(),
+    trust_remote_code: bool = False,
     progress: Reporter | None = None,
 ) -> Plan:
     """Plan an update of ``name`` by ``method``; without ``edits``, one of a hundred typical ones.
 
     Reads headers and the tokenizer, never a weight. ``folder``: where the home is or will be.
+    Raises ``ModelUnavailable`` for what is not a model that can be changed.
     """
+    say = (progress or Silent()).say
     source = (
-        name if isinstance(name, Source) else resolve(name, on_progress=(progress or Silent()).say)
+        name
+        if isinstance(name, Source)
+        else resolve(name, trust_remote_code=trust_remote_code, on_progress=say)
     )
-    with Weights.from_folder(source.folder) as weights:
-        parameters = weights.parameters()
-    tokens, probes, probe_tokens = _text_sizes(source, edits)
+    skeleton = Skeleton.of(source, trust_remote_code=trust_remote_code)
+    with Weights.from_folder(source.folder) as weights:  # files may hold more than is trained
+        parameters = sum(weights.parameters(name) for name in skeleton.names)
+    tokens, probes, probe_tokens = _text_sizes(source, edits, trust_remote_code)
     speed, bandwidth = _speeds()
     recipes = list(_recipes(method))
     train = sum(_train_seconds(one, tokens, parameters, speed, bandwidth) for one in recipes)
@@ -140,13 +148,22 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _text_sizes(source: Source, edits: Sequence[Edit] | None) -> tuple[int, int, int]:
+def _text_sizes(
+    source: Source, edits: Sequence[Edit] | None, trust_remote_code: bool
+) -> tuple[int, int, int]:
     """Tokens in one epoch, number of probes, tokens in all probes."""
     if edits is None:
         return 100 * TYPICAL_TOKENS, 100 * TYPICAL_PROBES, 100 * TYPICAL_PROBES * TYPICAL_TOKENS
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelUnavailable(
+            f"{source.name} has no tokenizer that can be read: {error}"
+        ) from None
 
     def count(texts: list[str]) -> int:
         return sum(len(ids) for ids in tokenizer(texts)["input_ids"])

@@ -90,8 +90,13 @@ class Undone:
 
 
 def identity(ledger: Ledger, settings: Mapping[str, Any], edits: Sequence[Edit]) -> str:
-    """An id for this update in this history: the same work after the same past has the same."""
-    content = [ledger.head, settings, [edit.as_dict() for edit in edits]]
+    """An id for this update in this history. The same work on the same base after the same work has
+    the same id, whoever did it and when; no two updates of one history have."""
+    past = [
+        [entry["do"], entry.get("id") or entry.get("of") or entry["base"]["fingerprint"]]
+        for entry in ledger.entries
+    ]
+    content = [past, settings, [edit.as_dict() for edit in edits]]
     return "u-" + sha256_bytes(json.dumps(content).encode())[:8]
 
 
@@ -164,7 +169,8 @@ def environment(command: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "unwrite": metadata.version("unwrite"),
-        "command": command or Path(sys.argv[0]).name,
+        # A path on the command line may hold bytes that are no text.
+        "command": (command or Path(sys.argv[0]).name).encode("utf-8", "backslashreplace").decode(),
     }
 
 

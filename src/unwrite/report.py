@@ -1,12 +1,12 @@
 """The report: one self-contained HTML page that tells what was done to a model and what came of it.
 
-A pure reader of a home's folder: nothing is loaded, asked or measured here, so a report can be made
-anywhere and at any time, and the same folder always gives the same page, byte for byte. The look is
-in ``report.html.jinja``; this file gathers and judges (with the rules of ``scores``, no others).
+A pure reader of a home's folder: nothing is loaded, asked or measured, so a report can be made
+anywhere, and the same folder always gives the same page, byte for byte. The look is in
+``report.html.jinja``; this file gathers and judges, with the rules of ``scores`` and no others.
 
-What models and files say is foreign text. All of it passes ``plain`` on its way into the page, and
-the template escapes it: a hostile answer can only be read. Every file that the ledger holds a hash
-of is checked against it first, so the page never shows numbers that were edited afterwards.
+What models and files say is foreign text: all of it passes ``plain`` on its way into the page and
+is escaped by the template, so that a hostile answer can only be read. Every file whose hash is in
+the ledger is checked against it, so that the page never shows numbers that were edited afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,88 +27,59 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import escape
 
+from unwrite import files
 from unwrite.errors import BadSetting, DamagedFile, HomeError
-from unwrite.files import (
-    read_json,
-    read_jsonl,
-    readable_size,
-    sha256_file,
-    speaking_of_disk,
-    write_atomically,
-)
 from unwrite.ledger import Entry, Ledger
 from unwrite.scores import ROLES, Row, Score, answer_in, from_json, says
 
-# What keeps the page below 3 MB, whatever is in the home. Left out are always the oldest updates
-# and the answers that are as wanted, and the page says how many.
+# What keeps the page below 3 MB, whatever is in the home. Left out are the oldest updates and the
+# answers that are as wanted, and the page says how many.
 DETAILED = 10  # updates told in full; all others are in the time line
 LINES = 300  # of the time line
 ROWS = 400  # of one update's knowledge diff
 ROW_BYTES = 1_000_000  # of all knowledge diffs together
-
 PROMPT, ANSWER = 300, 200  # characters shown of a question and of an answer
-KINDS = "embedding q k v qkv o gate up gate_up down norm head other".split()
+
+SHOWN = ("reliability", "generality", "portability", "locality")  # the diff's roles, in order
+KINDS = ("embedding", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "head")
 SHADES = 9  # steps of the heat map's colour
-_ID = re.compile(r"u-[0-9a-f]{8}")  # ids become names of folders: nothing else may
-_EMPTY = Score(None, None, 0)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One line of the knowledge diff. ``verdict``: right, wrong, still old; same, moved.
+    """One line of the knowledge diff; ``verdict`` is right, wrong or still old, of bystanders same
+    or moved. ``matched`` of ``tokens`` answer tokens are right (of bystanders: as before)."""
 
-    ``matched`` of ``tokens`` answer tokens are right (bystanders: as before).
-    """
-
-    edit: str
+    verdict: str
     role: str
     prompt: str
     before: str
-    now: str
+    after: str
     expected: str
-    verdict: str
     matched: int
     tokens: int
 
 
 @dataclass(frozen=True)
 class Group:
-    """Answers that belong together in the diff; ``total`` counts those that are left out as well."""
+    """Answers of one kind, each with how often it was given. ``total`` and ``left_out`` count
+    questions: the same bystander of three edits counts three times."""
 
     title: str
     total: int
-    answers: Sequence[Answer]
+    left_out: int
+    answers: Sequence[tuple[Answer, int]]
 
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Where a change lives: a row for each block, a share of the squared norm for each module kind.
-
-    A cell is None where the model has no tensor. ``shades`` are 0 (untouched) to ``SHADES``.
-    """
+    """Where a change lives: shares of its squared norm, a row for each block and a column for each
+    module kind. Cells are (share, shade from 0 to ``SHADES``), or None where there is no tensor."""
 
     kinds: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[float | None], float]]
+    rows: Sequence[tuple[str, Sequence[tuple[float, int] | None], float]]
     totals: Sequence[float]
     summary: str
-    largest: float
-
-    def shade(self, share: float | None) -> int:
-        """The step of colour: 0 for untouched, ``SHADES`` for the largest cell."""
-        return math.ceil(SHADES * (share or 0.0) / self.largest)
-
-
-@dataclass(frozen=True)
-class Chapter:
-    """One update, as far as its folder tells: what is not recorded is None or empty."""
-
-    entry: Entry
-    undone: Entry | None
-    scores: Sequence[tuple[str, Score, Score]]
-    seconds: Mapping[str, float]
-    groups: Sequence[Group]
-    heat: HeatMap | None
-    environment: Mapping[str, Any] | None
 
 
 def write_report(home_folder: Path, out: Path | None = None) -> Path:
@@ -118,152 +89,97 @@ def write_report(home_folder: Path, out: Path | None = None) -> Path:
     it is not what the ledger says, ``BadSetting`` if ``out`` cannot be a report.
     """
     path = home_folder / "report.html" if out is None else out
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else "is in a folder that does not exist"
-        raise BadSetting(f"The report cannot be written to {path}: it {reason}. Name a file.")
-    inside = path.resolve().is_relative_to(home_folder.resolve())
-    if inside and path.suffix not in (".html", ".htm"):
-        raise BadSetting(
-            f"The report cannot be written to {path}: inside a home it would overwrite the home's "
-            "own files. Give it a name that ends in .html."
-        )
     page = render(home_folder)
-    with speaking_of_disk(f"write the report {path}"):
-        write_atomically(path, page)
+    fault = "is a folder" if path.is_dir() else None
+    if not path.parent.is_dir():
+        fault = "is in a folder that does not exist"
+    elif path.suffix != ".html" and path.resolve().is_relative_to(home_folder.resolve()):
+        fault = "could be one of the home's own files"
+    if fault:
+        raise BadSetting(f"The report cannot be {path}: that {fault}. Name another .html file.")
+    with files.speaking_of_disk("write the report"):
+        files.write_atomically(path, page)
     return path
 
 
 def render(home_folder: Path) -> str:
-    """The page as text. Holds the observations of one update at a time. Raises like
-    ``write_report``."""
-    if not (home_folder / "ledger.jsonl").is_file() or not (home_folder / "base.json").is_file():
-        raise HomeError(f"{home_folder} is not a model home: it has no ledger.jsonl and base.json.")
+    """The page as text; raises like ``write_report``. Holds one update's observations at a time."""
+    if not all((home_folder / name).is_file() for name in ("ledger.jsonl", "base.json")):
+        raise HomeError(f"{home_folder} is not a model home: give the folder of one.")
     ledger = Ledger.open(home_folder / "ledger.jsonl")
-    listed = {"base.json": ledger.entries[0].get("base", {}).get("sha256")}
-    base = _read(home_folder, "base.json", listed)
-    undone = {entry["of"]: entry for entry in ledger.entries if entry["do"] == "revert"}
-    newest = list(reversed(ledger.applied.values()))[:DETAILED]
+    first, newest = ledger.entries[0], list(ledger.applied.values())[: -DETAILED - 1 : -1]
+    base = _read(home_folder, "base.json", {"base.json": first["base"].get("sha256")})
     budget = ROW_BYTES // max(len(newest), 1)
-    chapters = [
-        _chapter(home_folder, entry, undone.get(entry["id"]), base, budget) for entry in newest
-    ]
-    environment = Environment(
+    sentence, remarks = verdict(ledger)
+    jinja = Environment(
         autoescape=True,
         undefined=StrictUndefined,
         finalize=plain,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in (percent, number, moment, settings, readable_size, fingerprint):
-        environment.filters[name.__name__] = name
+    for name in (percent, tenths, number, settings, security_hash, files.readable_size):
+        jinja.filters[name.__name__] = name
     template = resources.files("unwrite").joinpath("report.html.jinja").read_text("utf-8")
-    sentence, remarks = verdict(ledger)
-    return environment.from_string(template).render(
+    return jinja.from_string(template).render(
         name=home_folder.resolve().name,
         base=base,
         verdict=sentence,
         remarks=remarks,
-        chapters=chapters,
-        older=len(ledger.applied) - len(chapters),
+        chapters=[_chapter(home_folder, entry, base["places"], budget) for entry in newest],
+        undone={entry["of"]: entry for entry in ledger.entries if entry["do"] == "revert"},
+        older=len(ledger.applied) - len(newest),
         entries=ledger.entries[-LINES:],
         earlier=max(len(ledger.entries) - LINES, 0),
-        undone=undone,
-        live=set(ledger.live()),
         head=ledger.entries[-1],
     )
 
 
 def verdict(ledger: Ledger) -> tuple[str, list[str]]:
-    """The whole story in one sentence, and what has to be said so that it is not misread."""
+    """The whole story in one sentence, and what has to be added so that it is not misread."""
     live, count = ledger.live(), len(ledger.applied)
     updates = f"{count} update{'s' * (count != 1)}"
-    if count == 0:
+    if not count:
         return "No updates yet: the model is its base, bit for bit.", []
     if not live:
-        one = "and it is undone" if count == 1 else "and all are undone"
-        return f"{updates}, {one}: the model is its base again, bit for bit.", []
+        return f"{updates}, none live: the model is its base again, bit for bit.", []
     entries = [ledger.entry(update) for update in live]
-    facts = sum(int(entry.get("edits", 0)) for entry in entries)
-    clauses = [f"{facts} fact{'s' * (facts != 1)} {'were' if facts != 1 else 'was'} to change"]
-    if (right := _pooled(entries, "reliability", "exact")) and (
-        tokens := _pooled(entries, "reliability", "token")
-    ):
-        counted = f"{round(right[0] * right[1])} of {right[1]}"
-        verb = "is" if counted.startswith("1 ") else "are"
-        clauses.append(
-            f"{counted} {verb} answered with the new answer (token {percent(tokens[0])})"
+    facts = sum(entry["edits"] for entry in entries)
+    clauses, answered = [f"{facts} fact{'s were' if facts != 1 else ' was'} to change"], []
+    right, tokens = (_pooled(entries, "reliability", form) for form in ("exact", "token"))
+    if right and tokens:
+        hits = round(right[0] * right[1])
+        answered.append(
+            f"{hits} of {right[1]} {'is' if hits == 1 else 'are'} answered with the new answer "
+            f"(token {percent(tokens[0])})"
         )
     if same := _pooled(entries, "locality", "exact"):
-        clauses.append(f"{percent(same[0])} of bystanders answer as before")
-    perplexity = {}  # of every state that was ever measured; a state is the list of its updates
+        answered.append(f"{percent(same[0])} of bystanders answer as before")
+    clauses += [", ".join(answered)] * bool(answered)
+
+    known: dict[tuple[str, ...], float | None] = {}  # perplexity by state, i.e. by live updates
     for update, entry in ledger.applied.items():
-        state = tuple(ledger.live(at=update))
-        measured = entry.get("perplexity") or {}
-        perplexity[state[:-1]] = measured.get("before")
-        perplexity[state] = measured.get("after")
-    first, last = perplexity.get(()), perplexity.get(tuple(live))
+        state, measured = tuple(ledger.live(at=update)), entry.get("perplexity") or {}
+        known |= {state[:-1]: measured.get("before"), state: measured.get("after")}
+    first, last = known.get(()), known.get(tuple(live))
     if first is not None and last is not None:
         clauses.append(f"perplexity {number(first)} → {number(last)}")
+
     remarks = ["The answers were measured right after each update, on the weights it gave."]
-    moved_on = [update for update in live if ledger.live(at=update) != live]
-    if moved_on:
-        verb = "has" if len(moved_on) == 1 else "have"
-        remarks.append(
-            f"The model has changed since: {', '.join(moved_on[:5])}"
-            f"{' and others' if len(moved_on) > 5 else ''} {verb} not been asked again."
-        )
+    if stale := [update for update in live if ledger.live(at=update) != live]:
+        names = ", ".join(stale[:5]) + " and others" * (len(stale) > 5)
+        verb = "has" if len(stale) == 1 else "have"
+        remarks.append(f"The model has changed since: {names} {verb} not been asked again.")
     if last is None:
         remarks.append("The perplexity of the present state has not been measured.")
-    sentence = f"{clauses[0]}; {', '.join(clauses[1:3])}" if len(clauses) > 1 else clauses[0]
-    sentence += "".join(f"; {clause}" for clause in clauses[3:])
-    return f"{updates}, {len(live)} live: {sentence}.", remarks
-
-
-# From the folder to a chapter ---------------------------------------------------------------------
-
-
-def _chapter(
-    home: Path, entry: Entry, undone: Entry | None, base: Mapping[str, Any], budget: int
-) -> Chapter:
-    if not _ID.fullmatch(entry["id"]):
-        raise DamagedFile(f"The ledger names an update {entry['id']!r}, which is not an id.")
-    folder, listed = home / "updates" / entry["id"], entry.get("files", {})
-    result = _read(folder, "scores.json", listed) or entry
-    tables = [from_json(result.get("scores", {}).get(when, {})) for when in ("before", "after")]
-    delta = _read(folder, "delta/delta.json", listed)
-    before = _read(folder, "before.jsonl", listed) or []
-    after = _read(folder, "after.jsonl", listed) or []
-    return Chapter(
-        entry=entry,
-        undone=undone,
-        scores=[(role, *(table.get(role, _EMPTY) for table in tables)) for role in ROLES],
-        seconds=result.get("seconds") or {},
-        groups=_shown(answers(before, after), budget),
-        heat=heat_map(delta["tensors"], base["places"]) if delta else None,
-        environment=_read(folder, "environment.json", listed),
-    )
-
-
-def _read(folder: Path, name: str, listed: Mapping[str, str | None]) -> Any:
-    """The content of a file, checked against its hash in the ledger; None if there is neither."""
-    path, known = folder / name, listed.get(name)
-    if known is None and not path.is_file():
-        return None
-    if not path.is_file() or (known is not None and sha256_file(path) != known):
-        reason = "is not as it was written" if path.is_file() else "is missing"
-        raise DamagedFile(
-            f"{path} {reason}, so no report can be made of it. Put it back from a copy of the home "
-            "(unwrite verify lists everything that is damaged)."
-        )
-    return read_jsonl(path) if path.suffix == ".jsonl" else read_json(path)
+    return f"{updates}, {len(live)} live: {'; '.join(clauses)}.", remarks
 
 
 def answers(before: Sequence[Row], after: Sequence[Row]) -> list[Answer]:
-    """The knowledge diff, in the order of the rows. Raises ``DamagedFile`` where a row has no
-    partner.
+    """The knowledge diff, by role and then in the order of the rows.
 
     Rows of ``old_recall`` ask what ``reliability`` asks already: they only tell the two ways of
-    being wrong apart.
+    being wrong apart. Raises ``DamagedFile`` when the two observations hold different questions.
     """
 
     def key(row: Row) -> tuple[Any, ...]:
@@ -271,139 +187,169 @@ def answers(before: Sequence[Row], after: Sequence[Row]) -> list[Answer]:
 
     earlier = {key(row): row for row in before}
     if earlier.keys() != {key(row) for row in after}:
-        raise DamagedFile("before.jsonl and after.jsonl of an update hold different questions.")
+        raise DamagedFile("The observations before and after an update hold different questions.")
     old = {row["edit"]: row["target"] for row in after if row["role"] == "old_recall"}
     found = []
-    for row in after:
-        if row["role"] == "old_recall":
-            continue
-        was, expected = earlier[key(row)], row["target"]
-        said, says_now = answer_in(was["text"]), answer_in(row["text"])
-        matched = row["matched_tokens"]
-        if row["role"] == "locality":
-            verdict, expected = "same" if said == says_now else "moved", said
+    for row in (row for row in after if row["role"] in SHOWN):
+        was, role, expected = earlier[key(row)], row["role"], row["target"]
+        said, replied = answer_in(was["text"]), answer_in(row["text"])
+        if role == "locality":
+            verdict, expected = "same" if said == replied else "moved", said
             matched = sum(a == b for a, b in zip(was["predicted"], row["predicted"], strict=True))
-        elif says(row["text"], expected):
-            verdict = "right"
         else:
-            kept = row["role"] != "portability" and says(row["text"], old.get(row["edit"], ""))
-            verdict = "still old" if kept else "wrong"
-        cut = [plain(said, ANSWER), plain(says_now, ANSWER), plain(expected, ANSWER)]
-        question = plain(row["prompt"], PROMPT)
-        edit = plain(str(row["edit"]), 60)
-        found.append(Answer(edit, row["role"], question, *cut, verdict, matched, row["target_tokens"]))
-    return found
+            kept = role != "portability" and says(row["text"], old.get(row["edit"], ""))
+            wrong = "still old" if kept else "wrong"
+            verdict = "right" if says(row["text"], expected) else wrong
+            matched = row["matched_tokens"]
+        said, replied, expected = (plain(text, ANSWER) for text in (said, replied, expected))
+        prompt, tokens = plain(row["prompt"], PROMPT), row["target_tokens"]
+        found.append(Answer(verdict, role, prompt, said, replied, expected, matched, tokens))
+    return sorted(found, key=lambda answer: SHOWN.index(answer.role))
 
 
-def _shown(found: Sequence[Answer], budget: int) -> list[Group]:
-    """Failures first, as many rows as fit into the budget of bytes."""
-    groups = []
-    room = ROWS
+def heat_map(
+    tensors: Mapping[str, Mapping[str, Any]], places: Mapping[str, Mapping[str, Any]]
+) -> HeatMap | None:
+    """From the ``tensors`` of delta.json and ``places`` of base.json; None if nothing changed."""
+    sums: dict[tuple[int | None, str], float] = defaultdict(float)
+    sums.update({(place["block"], place["kind"]): 0.0 for place in places.values()})
+    for name, facts in tensors.items():
+        place = places.get(name, {"block": None, "kind": "other"})
+        sums[place["block"], place["kind"]] += facts["squared_norm"]
+    total, largest = math.fsum(sums.values()), max(sums.values(), default=0.0)
+    if not total > 0.0:
+        return None
+    present = {kind for _, kind in sums}
+    kinds = [kind for kind in KINDS if kind in present] + sorted(present.difference(KINDS))
+    blocks = sorted({block for block, _ in sums}, key=lambda block: (block is None, block or 0))
+    rows = []
+    for block in blocks:
+        cells = [
+            (sums[block, kind] / total, math.ceil(SHADES * sums[block, kind] / largest))
+            if (block, kind) in sums
+            else None
+            for kind in kinds
+        ]
+        label = "outside" if block is None else str(block)
+        rows.append((label, cells, math.fsum(cell[0] for cell in cells if cell)))
+    columns = zip(*(cells for _, cells, _ in rows), strict=True)
+    totals = [math.fsum(cell[0] for cell in column if cell) for column in columns]
+    heaviest = sorted(zip(totals, kinds, strict=True), reverse=True)[:3]
+    parts = ", ".join(f"{kind} {percent(share)}" for share, kind in heaviest if share > 0)
+    label, _, share = max(rows, key=lambda row: row[2])
+    where = "outside the blocks" if label == "outside" else f"in block {label}"
+    summary = f"Mostly in {parts}. The largest part, {percent(share)}, lies {where}."
+    return HeatMap(kinds, rows, totals, summary)
+
+
+def _chapter(home: Path, entry: Entry, places: Mapping[str, Any], budget: int) -> dict[str, Any]:
+    """One update, as far as its folder tells: what is not recorded is None or empty."""
+    if not re.fullmatch("u-[0-9a-f]{8}", entry["id"]):  # it names a folder: nothing else may
+        raise DamagedFile(f"The ledger names an update {entry['id']!r}, which is not an id.")
+    folder, hashes = home / "updates" / entry["id"], entry.get("files", {})
+    result = _read(folder, "scores.json", hashes) or entry
+    before, after = (
+        from_json(result.get("scores", {}).get(when, {})) for when in ("before", "after")
+    )
+    rows = [_read(folder, f"{when}.jsonl", hashes) or [] for when in ("before", "after")]
+    delta, none = _read(folder, "delta/delta.json", hashes), Score(None, None, 0)
+    return {
+        "entry": entry,
+        "scores": [(role, before.get(role, none), after.get(role, none)) for role in ROLES],
+        "seconds": result.get("seconds") or {},
+        "groups": _grouped(answers(*rows), budget),
+        "heat": heat_map(delta["tensors"], places) if delta else None,
+        "environment": _read(folder, "environment.json", hashes),
+    }
+
+
+def _grouped(found: Sequence[Answer], budget: int) -> list[Group]:
+    """Failures first; as many rows as fit into ``ROWS`` and the budget of bytes."""
+    groups, room = [], ROWS
     for title, verdicts in (
         ("Not answered as wanted", ("wrong", "still old")),
         ("Bystanders that moved", ("moved",)),
         ("As wanted", ("right", "same")),
     ):
         members = [answer for answer in found if answer.verdict in verdicts]
-        shown = []
-        for answer in members[:room]:
-            text = (answer.edit, answer.prompt, answer.before, answer.now, answer.expected)
-            budget -= 350 + sum(len(escape(part).encode()) for part in text)  # 350: the tags
-            if budget < 0:
+        shown: list[tuple[Answer, int]] = []
+        for answer, times in Counter(members).items():
+            texts = (answer.prompt, answer.before, answer.after, answer.expected)
+            budget -= 350 + sum(len(escape(text).encode()) for text in texts)  # 350: the tags
+            if budget < 0 or room == 0:
                 break
-            shown.append(answer)
-        room -= len(shown)
+            shown.append((answer, times))
+            room -= 1
         if members:
-            groups.append(Group(title, len(members), shown))
+            left_out = len(members) - sum(times for _, times in shown)
+            groups.append(Group(title, len(members), left_out, shown))
     return groups
 
 
-def heat_map(
-    tensors: Mapping[str, Mapping[str, Any]], places: Mapping[str, Mapping[str, Any]]
-) -> HeatMap | None:
-    """The shares of a change, by block and module kind; None where nothing changed at all."""
-    shares: dict[tuple[int | None, str], float] = defaultdict(float)
-    shares.update({(place["block"], place["kind"]): 0.0 for place in places.values()})
-    for name, facts in tensors.items():
-        place = places.get(name, {"block": None, "kind": "other"})
-        shares[place["block"], place["kind"]] += float(facts["squared_norm"])
-    total = math.fsum(shares.values())
-    if not total > 0.0:
+def _read(folder: Path, name: str, hashes: Mapping[str, str | None]) -> Any:
+    """The content of a file, checked against its hash in the ledger; None if there is neither."""
+    path, known = folder / name, hashes.get(name)
+    if known is None and not path.is_file():
         return None
-    shares = {place: squared / total for place, squared in shares.items()}
-    present = {kind for _, kind in shares}
-    kinds = [kind for kind in KINDS if kind in present] + sorted(present.difference(KINDS))
-    blocks: list[int | None] = [*sorted({block for block, _ in shares if block is not None})]
-    blocks += [None] * any(block is None for block, _ in shares)
-    rows = []
-    for block in blocks:
-        cells = [shares.get((block, kind)) for kind in kinds]
-        label = "outside" if block is None else str(block)
-        rows.append((label, cells, math.fsum(cell or 0.0 for cell in cells)))
-    totals = [math.fsum(row[1][index] or 0.0 for row in rows) for index in range(len(kinds))]
-    heaviest = sorted(zip(totals, kinds, strict=True), reverse=True)[:3]
-    parts = ", ".join(f"{kind} {percent(share)}" for share, kind in heaviest if share > 0)
-    label, _, share = max(rows, key=lambda row: row[2])
-    where = "outside the blocks" if label == "outside" else f"in block {label}"
-    summary = f"Mostly in {parts}. The largest part, {percent(share)}, lies {where}."
-    return HeatMap(kinds, rows, totals, summary, max(shares.values()))
+    if not path.is_file() or (known is not None and files.sha256_file(path) != known):
+        fault = "is not as it was written" if path.is_file() else "is missing"
+        raise DamagedFile(
+            f"{path} {fault}, so no report can be made of this home. Put the file back from a copy "
+            "(unwrite verify lists all damage)."
+        )
+    return files.read_jsonl(path) if path.suffix == ".jsonl" else files.read_json(path)
 
 
 def _pooled(entries: Sequence[Entry], role: str, form: str) -> tuple[float, int] | None:
-    """Mean of a score over the probes of several updates, and their number; None without probes."""
+    """Mean of a score over all probes of several updates, and their number; None without probes."""
     found = [entry.get("scores", {}).get("after", {}).get(role) or {} for entry in entries]
-    pairs = [(one[form], one["n"]) for one in found if one.get(form) is not None and one["n"]]
+    pairs = [(score[form], score["n"]) for score in found if score.get(form) is not None]
     count = sum(n for _, n in pairs)
     return (math.fsum(mean * n for mean, n in pairs) / count, count) if count else None
 
 
-# From values to text ------------------------------------------------------------------------------
+# Values as text -----------------------------------------------------------------------------------
 
 
 def plain(value: Any, limit: int = 2000) -> Any:
     """Foreign text on one line, at most ``limit`` characters, with nothing invisible in it.
 
-    Control and direction-changing characters, lone surrogates and the like are spelled out as
+    Control and direction-changing characters, lone surrogates and the like are spelled out, as in
     ``[U+202E]``: they neither act nor hide. What is not text, or is markup already, stays as it is.
     """
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     if not value.isprintable():
-        lines = re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", " ↵ ", value[: limit + 1])
-        value = "".join(map(_visible, lines.replace("\t", " "))) + value[limit + 1 :]
+        value = re.sub(r"\r\n|[\n\r\v\f\x85\u2028\u2029]", " ↵ ", value[: limit + 1])
+        value = "".join(map(_visible, value.replace("\t", " ")))
     return value if len(value) <= limit else value[: limit - 1] + "…"
 
 
 def _visible(character: str) -> str:
-    # The two joiners and the soft hyphen are part of ordinary words in many languages.
-    if character in "\u200c\u200d\u00ad":
+    if character in "\u200c\u200d\u00ad":  # joiners, soft hyphen: parts of words in many languages
         return character
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
     return f"[U+{ord(character):04X}]" if hidden else character
 
 
 def percent(share: float | None) -> str:
-    """``0.97`` as ``97 %``, never rounded up to all or down to nothing."""
+    """``0.97`` as ``97 %``; never rounded up to all or down to nothing."""
     if share is None:
         return "–"
-    for digits in (0, 1):
-        text = f"{100 * share:.{digits}f}"
+    for text in (f"{100 * share:.0f}", f"{100 * share:.1f}"):
         if share in (0.0, 1.0) or float(text) not in (0.0, 100.0):
             return f"{text}\u00a0%"
     return "<0.1\u00a0%" if share < 0.5 else ">99.9\u00a0%"
 
 
+def tenths(share: float) -> str:
+    """A share in percent for a crowded table: ``12.3``, and ``0`` only for nothing at all."""
+    return "0" if share == 0 else "<0.1" if share < 0.0005 else f"{100 * share:.1f}"
+
+
 def number(value: float | None) -> str:
     """A quantity such as a perplexity, in a readable number of digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.1f}" if value < 1e6 else f"{value:.2e}"
-
-
-def moment(time: str) -> str:
-    """``2026-11-21T09:40:24Z`` as ``2026-11-21 09:40 UTC``."""
-    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:\d\d)?Z", time)
-    return f"{found[1]} {found[2]} UTC" if found else time
+    return "–" if value is None else f"{value:,.1f}" if value < 1e6 else f"{value:.2e}"
 
 
 def settings(method: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -411,11 +357,11 @@ def settings(method: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in method.items():
         if isinstance(value, Mapping):
             yield from settings(value, f"{prefix}{key}.")
-        elif prefix or key != "name":
+        elif prefix or key != "name":  # the name of the method itself stands elsewhere
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            yield f"{prefix}{key}", plain(text, ANSWER)
+            yield (prefix[:-1] if key == "name" else f"{prefix}{key}"), plain(text, ANSWER)
 
 
-def fingerprint(text: str) -> str:
-    """The hash by which the page's security policy allows its own style and script, no others."""
+def security_hash(text: str) -> str:
+    """What the page's security policy knows its own style and script by; it allows no others."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode()

@@ -4,9 +4,9 @@ The format (an 8-byte length, a JSON header, then the bytes of all tensors witho
 enough to stream, which the reference library does not do when writing: it wants all tensors at
 once. Everything written here opens with that library, and everything it writes opens here.
 
-Reading copies one tensor into fresh memory instead of mapping the file. So what a caller holds is
-what the process holds, a tensor belongs to its reader alone, and a file that shrinks while it is
-open is an error with a name instead of a crash. It costs nothing: see ``empty_tensor``.
+Large tensors are mapped, each by itself and not with the whole file: a tensor belongs to its
+reader alone (writing into it copies pages and never reaches the file), and the memory it takes is
+given back as soon as it is dropped, so that a loop over a checkpoint holds one tensor.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CODE_OF = {dtype: code for code, dtype in CODES.items()}
 LARGEST_HEADER = 100_000_000  # bytes; the reference library refuses longer ones too
 LARGEST_TENSOR = 1 << 56  # elements; beyond that torch cannot even describe an empty one
 FLUSH_FROM = 1 << 25  # bytes written before it is worth sending them to the disk
-HUGE_PAGES_FROM = 1 << 22  # bytes; below this the allocator reuses memory and is fast
+LARGE = 1 << 22  # bytes; a smaller tensor is not worth memory of its own
 
 Result = TypeVar("Result")
 
@@ -106,22 +106,27 @@ class TensorFile:
             raise
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into fresh memory. Raises ``DamagedFile`` if the file has shrunk."""
+        """Read one tensor; it belongs to the caller. Raises ``DamagedFile`` if the file shrank."""
         if not self._closed.alive:
             raise ValueError(f"{self.path} was closed before {name!r} was read")
-        spec = self.specs[name]
-        tensor = empty_tensor(spec.shape, spec.dtype)
-        room = tensor_bytes(tensor)
-        done = 0
-        while done < len(room):  # the kernel moves at most 2 GB a call
-            count = os.preadv(self._descriptor, [room[done:]], self._offsets[name] + done)
-            if count == 0:
-                raise DamagedFile(
-                    f"{self.path} ends in the middle of the tensor {name!r}: it was cut off after "
-                    "it was opened. Fetch or copy it again."
-                )
-            done += count
+        spec, offset = self.specs[name], self._offsets[name]
+        if os.fstat(self._descriptor).st_size < offset + spec.bytes:
+            raise self._damaged(f"it was cut off before {name!r} could be read")
+        if spec.bytes >= LARGE and offset % spec.dtype.itemsize == 0:
+            return self._map(spec, offset)
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        if os.preadv(self._descriptor, [tensor_bytes(tensor)], offset) != spec.bytes:
+            raise self._damaged(f"it was cut off while {name!r} was read")
         return tensor
+
+    def _map(self, spec: TensorSpec, offset: int) -> torch.Tensor:
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        memory = mmap.mmap(
+            self._descriptor, offset + spec.bytes - start, access=mmap.ACCESS_COPY, offset=start
+        )
+        memory.madvise(mmap.MADV_WILLNEED)  # read ahead: all of it is wanted, and soon
+        tensor = torch.frombuffer(memory, dtype=spec.dtype, count=spec.size, offset=offset - start)
+        return tensor.view(spec.shape)
 
     def close(self) -> None:
         """Close the file now (it is closed anyway when nobody refers to it)."""
@@ -300,7 +305,7 @@ def empty_tensor(shape: Iterable[int], dtype: torch.dtype) -> torch.Tensor:
     """
     shape = tuple(shape)
     size = prod(shape) * dtype.itemsize
-    if size < HUGE_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel built without huge pages; ordinary ones serve

@@ -14,6 +14,7 @@ snapshot of the trained tensors (4 bytes), which becomes the delta.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from unwrite.allocator import freed_memory_is_kept
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.edits import Edit
@@ -54,7 +56,7 @@ class Recipe:
     """
 
     epochs: int = 20
-    lr: float = 3e-5
+    lr: float = 5e-5
     batch_size: int = 8
     until: Literal["learned", "epochs"] = "learned"
     max_grad_norm: float = 1.0
@@ -131,9 +133,11 @@ def fine_tune(
     try:
         run = _Run(model, recipe, parameters, after_step, guard)
         learned = run.train(rows)
-        for name in list(before):
-            after = parameters[name].detach()
-            delta[name] = Dense((after - before[name]).cpu())
+        for name, parameter in parameters.items():
+            # The optimiser's memory is done with, so the difference goes there: no new memory.
+            room = run.optimizer.state[parameter].get("exp_avg")
+            room = torch.empty_like(before[name]) if room is None else room
+            delta[name] = Dense(torch.sub(parameter.detach(), before[name], out=room).cpu())
     except torch.OutOfMemoryError as error:
         raise TrainingFailed(
             "The memory of the device ran out while training; nothing was kept. "
@@ -187,7 +191,11 @@ class _Run:
         self.model.network.eval()
         total = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
         learned = False
-        with self.model.progress.stage("training", total) as advance:
+        with (
+            self.model.progress.stage("training", total) as advance,
+            _sparse_embedding(self.model, self.parameters),
+            freed_memory_is_kept(),
+        ):
             while self.epoch < recipe.epochs and not learned:
                 epoch_rows = self._with_contexts(rows)
                 for batch in self._batches(epoch_rows):
@@ -258,6 +266,28 @@ class _Run:
             if not torch.equal(logits.argmax(dim=-1).cpu(), targets):
                 return False
         return True
+
+
+@contextlib.contextmanager
+def _sparse_embedding(
+    model: Model, parameters: Mapping[str, torch.nn.Parameter]
+) -> Iterator[None]:
+    """Within the block, a tied embedding gives a sparse gradient, which autograd adds in place to
+    the head's dense one: the same sum without a second tensor of vocabulary x width per step.
+
+    An embedding that is not tied keeps its dense gradient, because the optimiser wants one.
+    """
+    embedding = model.network.get_input_embeddings()
+    head = model.network.get_output_embeddings()
+    tied = isinstance(embedding, torch.nn.Embedding) and embedding.weight is head.weight
+    if not tied or not embedding.weight.requires_grad or embedding.sparse:
+        yield
+        return
+    embedding.sparse = True
+    try:
+        yield
+    finally:
+        embedding.sparse = False
 
 
 def answer_loss(

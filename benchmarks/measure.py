@@ -1,0 +1,61 @@
+"""What all benchmarks share: taking turns, medians, the machine, the JSON result."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every piece of work, run A B C A B C ...: drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, run in work.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
+    """Median, least and largest of the ratios slow/fast within one turn."""
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, as far as they matter for a ratio."""
+    packages = ("torch", "transformers", "accelerate", "safetensors", "unwrite")
+    return {
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "architecture": platform.machine(),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def write(name: str, result: Mapping[str, Any]) -> None:
+    """Write ``benchmarks/results/NAME.json`` and print it."""
+    content = {
+        "benchmark": name,
+        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "machine": machine(),
+        **result,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(content, indent=2) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, "utf-8")
+    print(text)

@@ -1,0 +1,143 @@
+"""``fine_tune`` against ``transformers.Trainer``: the same edits, epochs, batch size and optimiser.
+
+    python -m benchmarks.training --edits FILE [--limit 100 --repeats 3]
+
+Both train SmolLM2-135M on the answers only (fp32, AdamW, constant rate, clipping at 1), in turns,
+from the same weights. The Trainer is used as its documentation says: tokenised rows, labels -100 on
+the prompt, padding to the longest of a batch, shuffled. Times include snapshot and delta (ours) and
+nothing but ``train()`` (theirs). The final loss is the mean answer loss over all edits after
+training, computed for both by the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from benchmarks.measure import in_turns, ratio, write
+from unwrite import load, read_edits
+from unwrite.model import Model, Tokens
+from unwrite.training import Recipe, fine_tune, new_pairs
+
+
+def main() -> None:
+    """Run both in turns and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--edits", default="atlas", help="a file of edits, or atlas")
+    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=3e-5)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    model = load("smollm2-135m")
+    pairs = new_pairs(read_edits(options.edits, limit=options.limit))
+    sequences = [model.tokens(pair.prompt, pair.answer) for pair in pairs]
+    recipe = Recipe(
+        epochs=options.epochs, lr=options.lr, batch_size=options.batch_size, until="epochs"
+    )
+    kept = {name: tensor.clone() for name, tensor in model.weights.items()}
+    losses: dict[str, list[float]] = {"unwrite": [], "trainer": []}
+
+    def ours() -> None:
+        trained = fine_tune(model, pairs, recipe)
+        deltas.append(trained.delta)
+
+    deltas: list[Any] = []
+
+    def theirs() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                num_train_epochs=options.epochs,
+                per_device_train_batch_size=options.batch_size,
+                learning_rate=options.lr,
+                lr_scheduler_type="constant",
+                weight_decay=0.0,
+                max_grad_norm=1.0,
+                save_strategy="no",
+                logging_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=model.device.type == "cpu",
+            )
+            rows = [row(tokens) for tokens in sequences]
+            Trainer(
+                model.network, arguments, train_dataset=rows, data_collator=collate
+            ).train()
+
+    for name, train in {"unwrite": ours, "trainer": theirs}.items():  # warm up, and compare losses
+        train()
+        if name == "unwrite":
+            with model.shifted(deltas.pop()):
+                losses[name].append(answer_loss_now(model, sequences))
+        else:
+            losses[name].append(answer_loss_now(model, sequences))
+            restore(model, kept)
+    seconds: dict[str, list[float]] = {"unwrite": [], "trainer": []}
+    for _ in range(options.repeats):
+        for name, times in in_turns({"unwrite": ours, "trainer": theirs}, 1).items():
+            seconds[name] += times
+        deltas.clear()
+        restore(model, kept)
+    write(
+        "training",
+        {
+            "edits": len(pairs),
+            "epochs": options.epochs,
+            "batch_size": options.batch_size,
+            "tokens_per_epoch": sum(len(tokens.ids) for tokens in sequences),
+            "loss_before": answer_loss_now(model, sequences),
+            "loss_after": {name: statistics.median(values) for name, values in losses.items()},
+            "seconds": seconds,
+            "trainer_over_unwrite": ratio(seconds["trainer"], seconds["unwrite"]),
+        },
+    )
+
+
+def row(tokens: Tokens) -> dict[str, list[int]]:
+    """A row as the Trainer's documentation wants it."""
+    return {
+        "input_ids": list(tokens.ids),
+        "labels": [-100] * tokens.answer + list(tokens.targets),
+    }
+
+
+def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad a batch to its longest row."""
+    length = max(len(one["input_ids"]) for one in rows)
+
+    def padded(key: str, filler: int) -> torch.Tensor:
+        return torch.tensor([one[key] + [filler] * (length - len(one[key])) for one in rows])
+
+    mask = [[1] * len(one["input_ids"]) + [0] * (length - len(one["input_ids"])) for one in rows]
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", -100),
+        "attention_mask": torch.tensor(mask),
+    }
+
+
+def answer_loss_now(model: Model, sequences: list[Tokens]) -> float:
+    """Mean over the edits of the mean loss of their answer tokens."""
+    model.network.eval()
+    forced = model.force(sequences)
+    return statistics.mean(-one.logprob / len(one.targets) for one in forced)
+
+
+@torch.no_grad()
+def restore(model: Model, kept: dict[str, torch.Tensor]) -> None:
+    """Put the weights back after the Trainer, which trains in place."""
+    for name, tensor in model.weights.items():
+        tensor.copy_(kept[name])
+    model.network.zero_grad()
+
+
+if __name__ == "__main__":
+    main()
