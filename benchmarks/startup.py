@@ -1,6 +1,6 @@
 """How long ``import unwrite`` and ``unwrite --help`` take, beside a bare interpreter.
 
-    python -m benchmarks.startup [--repeats 10]
+python -m benchmarks.startup [--repeats 10]
 """
 
 from __future__ import annotations

@@ -68,9 +68,7 @@ def main() -> None:
                 use_cpu=model.device.type == "cpu",
             )
             rows = [row(tokens) for tokens in sequences]
-            Trainer(
-                model.network, arguments, train_dataset=rows, data_collator=collate
-            ).train()
+            Trainer(model.network, arguments, train_dataset=rows, data_collator=collate).train()
 
     for name, train in {"unwrite": ours, "trainer": theirs}.items():  # warm up, and compare losses
         train()

@@ -24,7 +24,7 @@ IMPORTED = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",
-    "transformers.tokenization_utils_fast",
+    "transformers.tokenization_utils_tokenizers",
     "transformers.cache_utils",
     "unwrite.cli",
     "unwrite.home",
@@ -83,7 +83,7 @@ class Process:
         self.processes, self.place, self.pid = processes, place, pid
         self.code: int | None = None
 
-    def wait(self, timeout: float = 60.0) -> int:
+    def wait(self, timeout: float = 600.0) -> int:
         until = time.monotonic() + timeout
         while self.code is None:
             self.code = self.processes.ask(poll=self.pid)
@@ -95,7 +95,7 @@ class Process:
         os.kill(self.pid, number)
         return self.wait()
 
-    def arrived(self, timeout: float = 60.0) -> None:
+    def arrived(self, timeout: float = 600.0) -> None:
         until = time.monotonic() + timeout
         while not (self.place / "arrived").exists():
             assert time.monotonic() < until and self.processes.ask(poll=self.pid) is None, self.err

@@ -15,7 +15,17 @@ PACKAGE = Path(unwrite.__file__).parent
 # One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
 LAYERS = [
     {"errors", "files", "progress", "formats", "edits", "prompts", "data"},
-    {"allocator", "tensorfile", "weights", "change", "deltafile", "delta", "ledger", "scores", "requirements"},
+    {
+        "allocator",
+        "tensorfile",
+        "weights",
+        "change",
+        "deltafile",
+        "delta",
+        "ledger",
+        "scores",
+        "requirements",
+    },
     {"anatomy", "pretrained", "model", "training", "observe"},
     {"methods", "methods.full_ft"},
     {"base", "record", "export", "home", "plan", "testing"},

@@ -358,9 +358,9 @@ def test_long_diffs_are_cut_and_say_so(tmp_path):
 
 
 def test_the_worst_home_stays_below_three_megabytes(tmp_path):
-    before, after = facts(100, wrong=50, moved=100)
+    before, after = facts(40, wrong=20, moved=40)
     for number, one in enumerate(after):
-        one["text"] = f"{number}" + '"' * 10_000
+        one["text"] = f"{number}" + '"' * reporting.ANSWER
     _, places = shares(blocks=126)
     home = make_home(
         tmp_path / "home",

@@ -36,14 +36,22 @@ class Question:
 
 
 def questions(edits: Sequence[Edit]) -> list[Question]:
-    """All probes of the edits (which must have ids), in the order of the edits."""
+    """All probes of the edits (which must have ids), in the order of the edits.
+
+    A bystander that another of these edits changes on purpose is none, and is left out.
+    """
+    edited = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
     found: list[Question] = []
     for edit in edits:
         name = str(edit.id)
         found.append(Question(name, "reliability", edit.prompt, edit.new))
         found += [Question(name, "generality", prompt, edit.new) for prompt in edit.paraphrases]
         found += [Question(name, "portability", p.prompt, p.answer) for p in edit.portability]
-        found += [Question(name, "locality", p.prompt, p.answer) for p in edit.bystanders]
+        found += [
+            Question(name, "locality", probe.prompt, probe.answer)
+            for probe in edit.bystanders
+            if probe.prompt not in edited
+        ]
         if edit.old is not None:
             found.append(Question(name, "old_recall", edit.prompt, edit.old))
     return list(dict.fromkeys(found))  # the same bystander twice in one edit counts once

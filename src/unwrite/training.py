@@ -269,9 +269,7 @@ class _Run:
 
 
 @contextlib.contextmanager
-def _sparse_embedding(
-    model: Model, parameters: Mapping[str, torch.nn.Parameter]
-) -> Iterator[None]:
+def _sparse_embedding(model: Model, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
     """Within the block, a tied embedding gives a sparse gradient, which autograd adds in place to
     the head's dense one: the same sum without a second tensor of vocabulary x width per step.
 
