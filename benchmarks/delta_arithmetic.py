@@ -75,6 +75,7 @@ def machine() -> dict[str, Any]:
     return {
         "processors": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_at_start": os.getloadavg()[0],
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -133,6 +134,7 @@ def measure_speed(folder: Path, repeats: int) -> dict[str, Any]:
             stages[stage][1](out)
             took = time.perf_counter() - started
             shutil.rmtree(out)
+            print(f"round {round_number}, {stage}: {took:.2f} s", file=sys.stderr, flush=True)
             if round_number:
                 seconds[stage].append(took)
         order = order[1:] + order[:1]
@@ -146,11 +148,8 @@ def measure_speed(folder: Path, repeats: int) -> dict[str, Any]:
         "stages": {
             stage: {
                 "gb_read_and_written": stages[stage][0] / 1e9,
-                "seconds": {
-                    "median": statistics.median(seconds[stage]),
-                    "least": min(seconds[stage]),
-                    "most": max(seconds[stage]),
-                },
+                "seconds": [round(took, 3) for took in seconds[stage]],
+                "seconds_median": statistics.median(seconds[stage]),
                 "gb_per_second": speeds[stage],
                 "share_of_copy": speeds[stage] / speeds["copy"],
                 "share_of_copy_flushed": speeds[stage] / speeds["copy, flushed"],

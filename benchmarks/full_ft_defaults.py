@@ -1,4 +1,4 @@
-"""The defaults of ``full-ft``: learning rates on a development split, the chosen one on a test split.
+"""The defaults of ``full-ft``: learning rates on a development split, the chosen one on test.
 
     python -m benchmarks.full_ft_defaults
 

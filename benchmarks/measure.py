@@ -47,11 +47,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _bare(word: str) -> str:
+    """An argument without the folders of the machine that it was run on."""
+    return Path(word).name if os.sep in word else word
+
+
 def write(name: str, result: Mapping[str, Any]) -> None:
     """Write ``benchmarks/results/NAME.json`` and print it."""
     content = {
         "benchmark": name,
-        "command": f"python -m benchmarks.{name} {' '.join(sys.argv[1:])}".strip(),
+        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_bare, sys.argv[1:])]),
         "machine": machine(),
         **result,
     }

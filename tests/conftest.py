@@ -43,7 +43,7 @@ def world(worlds, tmp_path):
 
 @pytest.fixture
 def snapshot():
-    """Content of every file in a folder, for 'exactly as before' (the lock file is nobody's data)."""
+    """Content of every file in a folder, for 'exactly as before' (but the lock file)."""
 
     def read(folder: Path) -> dict[str, bytes]:
         return {

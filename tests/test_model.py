@@ -101,7 +101,7 @@ def test_a_shift_moves_the_model_and_ends_without_a_trace(model):
 
 def test_a_shift_that_does_not_fit_moves_nothing(model):
     with (
-        pytest.raises(TensorMismatch, match="no.such.tensor"),
+        pytest.raises(TensorMismatch, match=r"no\.such\.tensor"),
         model.shifted(Delta.from_changes({"no.such.tensor": Dense(torch.ones(2))})),
     ):
         pass

@@ -11,6 +11,8 @@ import hashlib
 import html.parser
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -531,6 +533,11 @@ def test_the_same_home_gives_the_same_bytes(tmp_path):
     other = write_report(home, tmp_path / "elsewhere.html")
     assert other == tmp_path / "elsewhere.html"
     assert first == (home / "report.html").read_bytes() == other.read_bytes()
+
+
+def test_reading_needs_no_torch():
+    code = "import sys, unwrite.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("there", ["nothing", "a file", "an empty folder", "no base"])

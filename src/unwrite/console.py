@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 import unicodedata
@@ -48,14 +49,15 @@ class Terminal:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=True, highlight=False, soft_wrap=False)
+        self.console = Console(stderr=True, highlight=False, width=_width())
         self._bars: Progress | None = None
 
     # ---- for people --------------------------------------------------------------------------
 
     def say(self, sentence: str) -> None:
-        """One sentence."""
-        self.console.print(Text(harmless(sentence, 4000)), soft_wrap=True)
+        """One sentence, or a few lines."""
+        for line in sentence.split("\n"):
+            self.console.print(Text(harmless(line, 4000)), soft_wrap=True)
 
     def warn(self, sentence: str) -> None:
         """One sentence that must not be overlooked."""
@@ -144,6 +146,11 @@ class Terminal:
         if not self.as_json:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def _width() -> int | None:
+    """Columns to fill: those of the terminal, or enough for any table where there is none."""
+    return None if sys.stderr.isatty() or "COLUMNS" in os.environ else 118
 
 
 def score_rows(before: Scores, after: Scores) -> list[list[str]]:
