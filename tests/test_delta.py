@@ -298,7 +298,7 @@ def test_states_from_disk_are_those_from_memory(tmp_path, dtype):
     save_weights(tmp_path / "base", memory)
     save_weights(tmp_path / "other", Weights.from_tensors(other))
     disk = Weights.from_folder(tmp_path / "base")
-    with patch("unwrite.tensorfile.LARGE", 1):
+    with patch("unwrite.tensorfile.LARGE", 1), patch("unwrite.tensorfile.MAPPED", 1):
         here = Delta.between(memory, Weights.from_tensors(other))
         there = Delta.between(disk, Weights.from_folder(tmp_path / "other")).save(tmp_path / "d")
         assert same_deltas(here, there)

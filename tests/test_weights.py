@@ -38,10 +38,11 @@ from unwrite.weights import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
 
-@pytest.fixture(params=[1 << 22, 1], ids=["small", "large"])
+@pytest.fixture(params=[(1 << 22, 1 << 24), (1, 1 << 24), (1, 1)], ids=["small", "large", "mapped"])
 def sizes(request):
-    """Run with all tensors treated as small ones, and with all treated as large ones."""
-    with patch("unwrite.tensorfile.LARGE", request.param):
+    """Run with all tensors treated as small ones, as large ones, as ones that are mapped."""
+    large, mapped = request.param
+    with patch("unwrite.tensorfile.LARGE", large), patch("unwrite.tensorfile.MAPPED", mapped):
         yield
 
 
@@ -126,6 +127,18 @@ def test_what_is_read_belongs_to_the_reader(tmp_path, sizes):
     weights = Weights.from_file(tmp_path / "a.safetensors")
     weights["x"].zero_()
     assert weights["x"].equal(torch.ones(64, 64))
+
+
+def test_tensors_that_cannot_be_mapped_are_copied(tmp_path):
+    save_file({"x": torch.ones(64, 64)}, tmp_path / "a.safetensors")
+    weights = Weights.from_file(tmp_path / "a.safetensors")
+    full = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with (
+        patch("unwrite.tensorfile.MAPPED", 1),
+        patch("unwrite.tensorfile.mmap.mmap", side_effect=full) as tried,
+    ):
+        assert weights["x"].equal(torch.ones(64, 64))
+    tried.assert_called_once()
 
 
 def test_non_contiguous_and_trainable_tensors_are_written(tmp_path):

@@ -375,11 +375,12 @@ def doctor(
         from unwrite import plan
 
         chosen = known.build(method or known.DEFAULT, {})
-        machine = plan.machine()
-        out.table("This machine", ("what", "value"), list(machine.items()))
         needs = None
         if base is not None:
             needs = plan.for_model(base, chosen, trust_remote_code=trust_remote_code, progress=out)
+        machine = plan.machine()
+        out.table("This machine", ("what", "value"), list(machine.items()))
+        if needs is not None:
             _show_plan(out, needs)
         out.result({"machine": machine, "plan": needs.as_json() if needs else None})
 

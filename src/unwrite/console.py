@@ -16,6 +16,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from rich.box import HEAVY_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -74,7 +75,13 @@ class Terminal:
         """A table; the last ``numbers`` columns are aligned to the right."""
         # As Text, so that square brackets in names are not taken for markup.
         heading = Text(harmless(title), style="bold") if title else None
-        table = Table(title=heading, title_justify="left", title_style="", header_style="bold")
+        table = Table(
+            title=heading,
+            title_justify="left",
+            title_style="",
+            header_style="bold",
+            box=HEAVY_HEAD if self.console.is_terminal else None,
+        )
         for index, name in enumerate(columns):
             right = index >= len(columns) - numbers
             table.add_column(Text(name), justify="right" if right else "left", overflow="fold")

@@ -80,9 +80,7 @@ class Home:
         self._trust_remote_code = trust_remote_code
         self._model: Model | None = None
         self._held: list[str] | None = None  # the updates that the network in memory includes
-        self._sound: set[str] = (
-            set()
-        )  # updates whose stored tensors were compared with their hashes
+        self._sound: set[str] = set()  # the updates whose stored tensors were found undamaged
 
     # ---- opening -----------------------------------------------------------------------------
 

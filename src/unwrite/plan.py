@@ -197,12 +197,13 @@ def _train_seconds(
 
 def _speeds() -> tuple[float, float]:
     """Measured operations and bytes a second: fp32 products of the size of a small batch, and
-    copies larger than the caches."""
+    copies larger than most caches."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     left, right = torch.ones(128, 1536, device=device), torch.ones(1536, 1536, device=device)
-    large = torch.ones(32 * 1024 * 1024, device=device)
+    # Two tensors of 64 MB, copied in place: memory that is asked for anew costs more than writing.
+    source, target = (torch.ones(16 * 1024 * 1024, device=device) for _ in range(2))
     operations = 2 * left.numel() * right.shape[1] / _seconds(lambda: left @ right, device)
-    return operations, 2 * 4 * large.numel() / _seconds(large.clone, device)
+    return operations, 2 * 4 * source.numel() / _seconds(lambda: target.copy_(source), device)
 
 
 def _seconds(work: Any, device: str) -> float:

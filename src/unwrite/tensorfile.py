@@ -56,6 +56,7 @@ LARGEST_HEADER = 100_000_000  # bytes; the reference library refuses longer ones
 LARGEST_TENSOR = 1 << 56  # elements; beyond that torch cannot even describe an empty one
 FLUSH_FROM = 1 << 25  # bytes written before it is worth sending them to the disk
 LARGE = 1 << 22  # bytes; a smaller tensor is not worth memory of its own
+MAPPED = 1 << 24  # bytes; the same for mapping, which also takes a file descriptor
 
 Result = TypeVar("Result")
 
@@ -112,11 +113,16 @@ class TensorFile:
         spec, offset = self.specs[name], self._offsets[name]
         if os.fstat(self._descriptor).st_size < offset + spec.bytes:
             raise self._damaged(f"it was cut off before {name!r} could be read")
-        if spec.bytes >= LARGE and offset % spec.dtype.itemsize == 0:
-            return self._map(spec, offset)
-        tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        if os.preadv(self._descriptor, [tensor_bytes(tensor)], offset) != spec.bytes:
-            raise self._damaged(f"it was cut off while {name!r} was read")
+        if spec.bytes >= MAPPED and offset % spec.dtype.itemsize == 0:
+            with contextlib.suppress(OSError):  # too many mapped already; then it is copied
+                return self._map(spec, offset)
+        tensor = empty_tensor(spec.shape, spec.dtype)
+        room = tensor_bytes(tensor)
+        while room:  # the kernel moves at most 2 GB a call
+            count = os.preadv(self._descriptor, [room], offset + spec.bytes - len(room))
+            if count == 0:
+                raise self._damaged(f"it was cut off while {name!r} was read")
+            room = room[count:]
         return tensor
 
     def _map(self, spec: TensorSpec, offset: int) -> torch.Tensor:

@@ -1,0 +1,108 @@
+"""Write the tables of README and docs/performance.md from the committed results.
+
+    python -m benchmarks.tables
+
+Every figure in those tables comes from a JSON file in ``benchmarks/results``; a test holds the
+pages to them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def main() -> None:
+    """Rewrite both pages in place."""
+    for path, content in pages().items():
+        path.write_text(content, "utf-8")
+
+
+def pages() -> dict[Path, str]:
+    """The pages with their tables as they should be."""
+    table = "\n".join(["| what | measured | goal |", "| --- | --- | --- |", *rows()])
+    changed = {}
+    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        before, rest = path.read_text("utf-8").split(BEGIN)
+        after = rest.split(END)[1]
+        changed[path] = f"{before}{BEGIN}\n{table}\n{END}{after}"
+    return changed
+
+
+def rows() -> list[str]:
+    """One row a result."""
+    training, observation = result("training"), result("observation")
+    startup, arithmetic = result("startup"), result("delta_arithmetic")
+    defaults = result("full_ft_defaults")
+    seconds = startup["seconds_median"]
+    ratios = training["trainer_over_unwrite"]
+    loss = training["loss_after"]
+    faster = observation["one_at_a_time_over_batched"]
+    test = defaults["test"][0]
+    return [
+        row(
+            f"fine-tuning {training['edits']} edits against transformers' Trainer, same epochs and "
+            f"batch size (answer loss after: {loss['unwrite']:.2f} against {loss['trainer']:.2f})",
+            f"{ratios['median']:.2f}x faster ({ratios['min']:.2f}-{ratios['max']:.2f})",
+            "1.5x",
+        ),
+        row(
+            f"observing {observation['probes']} probes against one prompt at a time "
+            f"({observation['rows_that_differ']} rows differ)",
+            f"{faster['median']:.1f}x faster ({faster['min']:.1f}-{faster['max']:.1f})",
+            "5x",
+        ),
+        *arithmetic_rows(arithmetic),
+        row(
+            f"`import unwrite`; `unwrite --help` (a bare interpreter: {seconds['python']:.2f} s)",
+            f"{seconds['import_unwrite']:.2f} s; {seconds['unwrite_help']:.2f} s",
+            "0.3 s; 0.5 s",
+        ),
+        row(
+            f"{test['facts']} known atlas facts (test split) by the defaults, one seed: "
+            "reliability / generality / locality, token form",
+            " / ".join(f"{100 * test['token'][name]:.1f}" for name in test["token"]) + " %",
+            "reliability 95 %",
+        ),
+    ]
+
+
+def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:
+    """Bandwidth and peak memory of delta arithmetic, one row a dtype."""
+    found = []
+    for dtype in ("fp32", "bf16"):
+        one = arithmetic[dtype]
+        shares = ", ".join(
+            f"{stage} {100 * one['stages'][stage]['share_of_copy']:.0f} %"
+            for stage in ("between", "combine", "compose")
+        )
+        peak = max(one["peak_memory"].values())
+        found.append(
+            row(
+                f"delta arithmetic on a sharded checkpoint of {one['checkpoint_gb']:.1f} GB, "
+                f"{dtype}: bandwidth as a share of plain copying; peak memory",
+                f"{shares}; {peak:.2f} GB",
+                "50 %; 1 GB",
+            )
+        )
+    return found
+
+
+def row(*cells: str) -> str:
+    """A row of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def result(name: str) -> dict[str, Any]:
+    """A committed result."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    return content
+
+
+if __name__ == "__main__":
+    main()

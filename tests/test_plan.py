@@ -1,0 +1,137 @@
+"""The plan: numbers of the right size, from headers alone."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import unwrite
+from unwrite import plan
+from unwrite.errors import ModelUnavailable
+from unwrite.observe import questions
+
+
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """Speeds are not measured again for every test."""
+    monkeypatch.setattr(plan, "_speeds", lambda: (1e10, 1e10))
+
+
+def test_speeds_are_measured(monkeypatch):
+    monkeypatch.undo()
+    operations, bandwidth = plan._speeds()
+    assert 1e8 < operations < 1e16
+    assert 1e7 < bandwidth < 1e14
+
+
+@pytest.fixture
+def parameters(worlds):
+    """What the llama toy network really has."""
+    network = unwrite.load(worlds().folder).network
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_the_numbers_have_the_right_size(worlds, parameters, tmp_path):
+    world = worlds()
+    needs = plan.for_model(world.folder, unwrite.FullFT(), world.edits[:5], folder=tmp_path / "new")
+    assert needs.parameters == parameters
+    assert needs.memory_bytes == 20 * parameters
+    assert needs.disk_bytes == 4 * parameters
+    assert needs.edits == 5
+    assert needs.probes == len(questions(world.edits[:5]))
+    words = sum(len(f"{edit.prompt} {edit.new}".split()) for edit in world.edits[:5])
+    assert needs.tokens_per_epoch == words, "the toy tokenizer has a token a word"
+    assert 0 < needs.train_seconds < 60
+    assert 0 < needs.observe_seconds < 60
+    assert needs.disk_free > 0
+    assert needs.memory_free > 0
+    assert needs.warnings == ()
+
+
+def test_the_disk_estimate_is_what_an_update_takes(worlds, tmp_path):
+    world = worlds()
+    home = unwrite.open(tmp_path / "home", base=world.folder)
+    needs = plan.for_model(home.source, unwrite.FullFT(), world.edits[:2])
+    update = home.update(world.edits[:2], unwrite.FullFT(epochs=1, until="epochs"))
+    assert update.summary["bytes"] == needs.disk_bytes
+
+
+def test_more_edits_and_epochs_cost_more(worlds):
+    world = worlds()
+
+    def tokens_and_probes(count):
+        needs = plan.for_model(world.folder, unwrite.FullFT(), world.edits[:count])
+        return needs.tokens_per_epoch, needs.probes
+
+    few, many = tokens_and_probes(2), tokens_and_probes(20)
+    assert many[0] > 8 * few[0]
+    assert many[1] > 5 * few[1]
+    seconds = [
+        plan._train_seconds(unwrite.FullFT(epochs=epochs, until="epochs"), 100, 1000, 1e9, 1e9)
+        for epochs in (1, 10)
+    ]
+    assert seconds[1] == pytest.approx(10 * seconds[0])
+
+
+def test_a_tensor_that_is_stored_twice_counts_once(world, parameters):
+    path = world.folder / "model.safetensors"
+    content = load_file(path)
+    twice = content | {"lm_head.weight": content["model.embed_tokens.weight"].clone()}
+    save_file(twice, path, metadata={"format": "pt"})
+    assert plan.for_model(world.folder, unwrite.FullFT()).parameters == parameters
+
+
+def test_no_weight_is_read(world, parameters):
+    """The file ends after its header: whoever read a tensor would fail."""
+    path = world.folder / "model.safetensors"
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    with path.open("r+b") as file:
+        file.truncate(8 + length)
+        file.truncate(len(content))  # a hole: zeros that were never written
+    needs = plan.for_model(world.folder, unwrite.FullFT())
+    assert needs.parameters == parameters
+    assert needs.edits == 100
+    assert path.stat().st_blocks * 512 < len(content) // 2, "it is still a hole"
+
+
+def test_a_model_that_does_not_fit_is_told_before_anything_is_loaded(world, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "_memory_free", lambda: 1000)
+    needs = plan.for_model(world.folder, unwrite.FullFT(), folder=tmp_path)
+    (warning,) = needs.warnings
+    assert "Training needs about" in warning
+    assert "1.0 kB are free" in warning
+    usage = plan.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: usage)
+    assert len(plan.for_model(world.folder, unwrite.FullFT()).warnings) == 2
+
+
+def test_a_plan_is_plain_data(worlds):
+    needs = plan.for_model(worlds().folder, unwrite.FullFT())
+    assert json.loads(json.dumps(needs.as_json()))["parameters"] == needs.parameters
+    assert {name for name, _ in needs.rows()} >= {"model", "memory", "disk", "training"}
+    assert needs.method == "full-ft"
+
+
+def test_what_cannot_be_changed_is_refused(world):
+    config = world.folder / "config.json"
+    content = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps(content | {"model_type": "no-such-thing"}))
+    with pytest.raises(ModelUnavailable, match="cannot be loaded"):
+        plan.for_model(world.folder, unwrite.FullFT())
+
+
+def test_a_model_without_a_tokenizer_is_refused(world):
+    for file in world.folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelUnavailable):
+        plan.for_model(world.folder, unwrite.FullFT(), world.edits)
+
+
+def test_the_machine_is_described():
+    facts = plan.machine()
+    assert facts["torch"] == torch.__version__.partition("+")[0] or facts["torch"]
+    assert set(facts) >= {"unwrite", "python", "transformers", "device", "threads", "memory free"}
+    json.dumps(facts)
