@@ -296,7 +296,9 @@ class Model:
                 logits = self.logits_at(ids, rows, columns)
                 predicted = logits.argmax(dim=-1).cpu()
                 targets_there = targets.to(logits.device)[:, None]
-                logprobs = logits.log_softmax(dim=-1).gather(1, targets_there)[:, 0].cpu()
+                # Not log_softmax: that would be a second tensor as wide as the vocabulary.
+                chosen_logits = logits.gather(1, targets_there)[:, 0]
+                logprobs = (chosen_logits - logits.logsumexp(dim=-1)).cpu()
                 for row, index in enumerate(batch):
                     here = rows == row
                     results[index] = Forced(
