@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -35,6 +34,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.measure import machine
 from unwrite.delta import Delta, compose
 from unwrite.tensorfile import TensorSpec
 from unwrite.weights import Weights, save_weights
@@ -57,7 +57,13 @@ def main() -> None:
         print(json.dumps(measure_peak(options.peak)))
         return
 
-    results: dict[str, Any] = {"machine": machine(), "command": " ".join(sys.argv[1:])}
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    results: dict[str, Any] = {
+        "benchmark": "delta_arithmetic",
+        "command": " ".join(["python -m benchmarks.delta_arithmetic", *sys.argv[1:]]),
+        "machine": machine() | {"memory_gb": round(memory / 1e9, 1)},
+        "load_at_start": os.getloadavg()[0],
+    }
     for dtype in options.dtypes.split(","):
         with tempfile.TemporaryDirectory(prefix="delta-arithmetic-") as scratch:
             folder = Path(scratch)
@@ -68,19 +74,6 @@ def main() -> None:
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n", "utf-8")
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_at_start": os.getloadavg()[0],
-        "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def make_checkpoints(folder: Path, gigabytes: float, shards: int, dtype: torch.dtype) -> None:

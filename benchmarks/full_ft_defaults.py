@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.measure import write
+from benchmarks.measure import committed, write
 from unwrite import load, read_edits
 from unwrite.edits import Edit
 from unwrite.model import Model
@@ -35,16 +35,24 @@ def main() -> None:
     parser.add_argument("--test-seeds", type=int, default=1)
     parser.add_argument("--facts", type=int, default=24, help="per run on development")
     parser.add_argument("--test-facts", type=int, default=50)
+    parser.add_argument(
+        "--test-only", action="store_true", help="keep the development runs of the last result"
+    )
     options = parser.parse_args()
 
     model = load("smollm2-135m")
     known = read_edits("atlas", known_to=model)
-    rates = [float(rate) for rate in options.rates.split(",")]
-    development = [
-        quick(model, sample(known[0::2], options.facts, seed), Recipe(lr=rate, seed=seed))
-        for rate in rates
-        for seed in range(options.seeds)
-    ]
+    if options.test_only:
+        development = committed("full_ft_defaults")["development"]
+    else:
+        development = [
+            quick(
+                model, sample(known[0::2], options.facts, seed), Recipe(lr=float(rate), seed=seed)
+            )
+            for rate in options.rates.split(",")
+            for seed in range(options.seeds)
+        ]
+    rates = sorted({one["lr"] for one in development})
     test = [
         thorough(
             model,

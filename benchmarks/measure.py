@@ -47,6 +47,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def committed(name: str) -> dict[str, Any]:
+    """The result of an earlier run."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
+    return content
+
+
 def _bare(word: str) -> str:
     """An argument without the folders of the machine that it was run on."""
     return Path(word).name if os.sep in word else word

@@ -8,12 +8,12 @@ pages to them.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import committed
+
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
@@ -36,9 +36,9 @@ def pages() -> dict[Path, str]:
 
 def rows() -> list[str]:
     """One row a result."""
-    training, observation = result("training"), result("observation")
-    startup, arithmetic = result("startup"), result("delta_arithmetic")
-    defaults = result("full_ft_defaults")
+    training, observation = committed("training"), committed("observation")
+    startup, arithmetic = committed("startup"), committed("delta_arithmetic")
+    defaults = committed("full_ft_defaults")
     seconds = startup["seconds_median"]
     ratios = training["trainer_over_unwrite"]
     loss = training["loss_after"]
@@ -96,12 +96,6 @@ def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:
 def row(*cells: str) -> str:
     """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
-
-
-def result(name: str) -> dict[str, Any]:
-    """A committed result."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-    return content
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ milliseconds instead of seconds. Run as a script, this file is the server.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import json
 import os
@@ -34,25 +36,37 @@ IMPORTED = (
 )
 
 
+@functools.cache
+def server() -> subprocess.Popen:
+    """The one server of a test session."""
+    started = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+    )
+
+    def stop() -> None:
+        started.stdin.close()
+        started.wait()
+        started.stdout.close()
+
+    atexit.register(stop)
+    return started
+
+
 class Processes:
     """The client: starts commands and waits for them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.count = 0
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
 
     def ask(self, **order):
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
+        server().stdin.write(json.dumps(order) + "\n")
+        server().stdin.flush()
+        return json.loads(server().stdout.readline())
 
     def start(self, *words: object, **how) -> Process:
         """Start ``unwrite WORDS``. ``die_at=K``: killed just before its K-th step on disk;
@@ -69,11 +83,6 @@ class Processes:
         process = self.start(*words, **how)
         process.wait()
         return process
-
-    def close(self) -> None:
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
 
 
 class Process:

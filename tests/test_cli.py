@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import Processes
 from typer.testing import CliRunner
 
 import unwrite
@@ -62,6 +63,14 @@ def refused(*words, code=2):
     return lines[0]
 
 
+@pytest.fixture(autouse=True)
+def known_machine(monkeypatch):
+    """Speeds are not measured again for every test."""
+    from unwrite import plan
+
+    monkeypatch.setattr(plan, "_speeds", lambda: (1e10, 1e10))
+
+
 @pytest.fixture(scope="module")
 def shared(worlds, tmp_path_factory):
     """A home with two updates, and a file with all edits; read-only."""
@@ -92,7 +101,13 @@ def live(home):
 # ---- real processes ------------------------------------------------------------------------------
 
 
-def test_the_life_of_a_home_in_real_processes(worlds, edits, tmp_path):
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The server of quick processes."""
+    return Processes(tmp_path_factory.mktemp("processes"))
+
+
+def test_the_life_of_a_home_in_real_processes(processes, worlds, edits, tmp_path):
     home = tmp_path / "home"
     words = ("update", home, edits, "--base", worlds().folder, "--limit", 2, *LEARN)
     made = real(*words, "--why", "first", "--json")
@@ -102,25 +117,26 @@ def test_the_life_of_a_home_in_real_processes(worlds, edits, tmp_path):
     assert "\x1b" not in made.stderr
     assert "Committed as " + update["id"] in made.stderr
 
-    missed = real("update", home, edits, "--offset", 5, "--require", "locality>1", "--json")
-    assert missed.returncode == 3, missed.stderr
-    assert json.loads(missed.stdout)["committed"] is False
-    assert missed.stderr.splitlines()[-1].startswith("Error: Nothing was committed")
+    words = ("--offset", 5, "--limit", 2, "--require", "locality>1")
+    missed = processes.run("update", home, edits, *words, "--json")
+    assert missed.code == 3, missed.err
+    assert json.loads(missed.out)["committed"] is False
+    assert missed.err.splitlines()[-1].startswith("Error: Nothing was committed")
 
-    asked = real("ask", home, worlds().edits[0].prompt, TERM="xterm-256color")
-    assert (asked.returncode, asked.stdout) == (0, worlds().edits[0].new + "\n")
+    asked = processes.run("ask", home, worlds().edits[0].prompt)
+    assert (asked.code, asked.out) == (0, worlds().edits[0].new + "\n")
 
-    undone = real("undo", home, update["id"], "--json")
-    assert undone.returncode == 0
-    assert json.loads(undone.stdout)["at_base"] is True
+    undone = processes.run("undo", home, update["id"], "--json")
+    assert undone.code == 0
+    assert json.loads(undone.out)["at_base"] is True
 
-    twice = real("undo", home, update["id"], "--json")
-    assert twice.returncode == 2
-    assert json.loads(twice.stdout)["error"] in twice.stderr
-    assert "Traceback" not in twice.stderr
+    twice = processes.run("undo", home, update["id"], "--json")
+    assert twice.code == 2
+    assert json.loads(twice.out)["error"] in twice.err
+    assert "Traceback" not in twice.err
 
-    report = real("report", home)
-    assert (report.returncode, report.stdout) == (0, f"{home / 'report.html'}\n")
+    report = processes.run("report", home)
+    assert (report.code, report.out) == (0, f"{home / 'report.html'}\n")
     assert live(home) == []
 
 
@@ -139,7 +155,7 @@ def test_words_that_the_pipe_cannot_encode_do_no_harm(home):
     home = home.rename(home.with_name("żółw"))
     table = real("history", home, "--json", PYTHONIOENCODING="ascii")
     assert json.loads(table.stdout)["home"] == str(home)
-    page = real("report", home, PYTHONIOENCODING="ascii")
+    page = real("report", home, PYTHONIOENCODING="ascii")  # loads no torch
     assert page.stdout.strip().endswith("\\u017c\\xf3\\u0142w/report.html")
 
 

@@ -27,9 +27,7 @@ METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
     """The server of quick processes."""
-    processes = Processes(tmp_path_factory.mktemp("processes"))
-    yield processes
-    processes.close()
+    return Processes(tmp_path_factory.mktemp("processes"))
 
 
 @pytest.fixture(scope="module")

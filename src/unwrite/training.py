@@ -56,7 +56,7 @@ class Recipe:
     """
 
     epochs: int = 20
-    lr: float = 5e-5
+    lr: float = 3e-5
     batch_size: int = 8
     until: Literal["learned", "epochs"] = "learned"
     max_grad_norm: float = 1.0
