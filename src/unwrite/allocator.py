@@ -3,7 +3,7 @@
 glibc gives large blocks back to the system when they are freed. Training frees and allocates a
 gradient per tensor and step, so the system clears hundreds of megabytes of pages each time. Within
 ``freed_memory_is_kept`` the blocks stay and are used again; afterwards they go back.
-Measured on SmolLM2-135M, two cores: about a quarter of the training time (docs/notes/training.md).
+Why, and what else was tried: docs/notes/training.md.
 """
 
 from __future__ import annotations
