@@ -69,7 +69,7 @@ def test_more_edits_and_epochs_cost_more(worlds):
     assert many[0] > 8 * few[0]
     assert many[1] > 5 * few[1]
     seconds = [
-        plan._train_seconds(unwrite.FullFT(epochs=epochs, until="epochs"), 100, 1000, 1e9, 1e9)
+        plan._train_seconds(unwrite.FullFT(epochs=epochs, until="epochs"), 8, 100, 1000, 1e9, 1e9)
         for epochs in (1, 10)
     ]
     assert seconds[1] == pytest.approx(10 * seconds[0])

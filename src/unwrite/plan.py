@@ -8,6 +8,7 @@ stops when the facts are learned is counted with half of its epochs.
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import shutil
 import time
@@ -99,7 +100,8 @@ def for_model(
     tokens, probes, probe_tokens = _text_sizes(source, edits, trust_remote_code)
     speed, bandwidth = _speeds()
     recipes = list(_recipes(method))
-    train = sum(_train_seconds(one, tokens, parameters, speed, bandwidth) for one in recipes)
+    count = 100 if edits is None else len(edits)
+    train = sum(_train_seconds(one, count, tokens, parameters, speed, bandwidth) for one in recipes)
     # Every probe is read once with its answer and once before generating, before and after.
     reading = 2 * 2 * parameters * (2 * probe_tokens + len(neutral_text()) / 4) / speed
     writing = 2 * 2 * parameters * probes * GENERATION_STEPS / speed
@@ -122,7 +124,7 @@ def for_model(
         model=source.name,
         method=str(getattr(method, "name", type(method).__name__)),
         parameters=parameters,
-        edits=100 if edits is None else len(edits),
+        edits=count,
         tokens_per_epoch=tokens,
         probes=probes,
         memory_bytes=memory,
@@ -186,10 +188,10 @@ def _recipes(method: Any) -> Iterator[Recipe]:
 
 
 def _train_seconds(
-    recipe: Recipe, tokens: int, parameters: int, speed: float, bandwidth: float
+    recipe: Recipe, edits: int, tokens: int, parameters: int, speed: float, bandwidth: float
 ) -> float:
     epochs = recipe.epochs / (2 if recipe.until == "learned" else 1)
-    steps = tokens / TYPICAL_TOKENS / recipe.batch_size
+    steps = math.ceil(edits / recipe.batch_size)
     # Forward and backward: 6 operations a weight and token. AdamW reads and writes 28 bytes a
     # weight; gradients are written, measured for clipping and cleared: 16 more.
     return epochs * (6 * parameters * tokens / speed + steps * parameters * 44 / bandwidth)
