@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, peak_memory
 from unwrite.delta import Delta, compose
 from unwrite.tensorfile import TensorSpec
 from unwrite.weights import Weights, save_weights
@@ -172,25 +172,18 @@ def peak_of_a_process(folder: Path) -> dict[str, float]:
 
 def measure_peak(folder: Path) -> dict[str, float]:
     """Peak resident memory in GB after importing, and after each further stage."""
-    peaks = {"imports": _peak()}
+    peaks = {"imports": peak_memory()}
     before = Weights.from_folder(folder / "before")
     after = Weights.from_folder(folder / "after")
     out = folder / "peak"
     delta = Delta.between(before, after).save(out / "delta")
-    peaks["between"] = _peak()
+    peaks["between"] = peak_memory()
     (delta - 0.5 * delta).save(out / "combined")
-    peaks["combine"] = _peak()
+    peaks["combine"] = peak_memory()
     save_weights(out / "state", before, lambda name: compose(before, [delta], name))
-    peaks["compose"] = _peak()
+    peaks["compose"] = peak_memory()
     shutil.rmtree(out)
     return peaks
-
-
-def _peak() -> float:
-    # Not getrusage: its maximum includes the parent's memory from before this program started.
-    status = Path("/proc/self/status").read_text("utf-8")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024 / 1e9
 
 
 if __name__ == "__main__":

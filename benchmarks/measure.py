@@ -47,6 +47,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in GB."""
+    # Not getrusage: its maximum includes the parent's memory from before this program started.
+    status = Path("/proc/self/status").read_text("utf-8")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e9
+
+
 def committed(name: str) -> dict[str, Any]:
     """The result of an earlier run."""
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))

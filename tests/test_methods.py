@@ -82,4 +82,9 @@ def test_descriptions_are_complete():
         described = methods.describe(name)
         assert described["paper"]
         assert described["advice"]
-        assert described["fields"]["epochs"] == {"type": "int", "default": 20}
+        assert described["fields"]
+        for one in described["fields"].values():
+            assert set(one) == {"type", "default"}
+    assert methods.describe("full-ft")["fields"]["epochs"] == {"type": "int", "default": 20}
+    assert methods.describe("delicate")["aliases"] == ["dft"]
+    assert methods.describe("delicate")["fields"]["tuner"]["default"]["name"] == "full-ft"

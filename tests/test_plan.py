@@ -135,3 +135,25 @@ def test_the_machine_is_described():
     assert facts["torch"] == torch.__version__.partition("+")[0] or facts["torch"]
     assert set(facts) >= {"unwrite", "python", "transformers", "device", "threads", "memory free"}
     json.dumps(facts)
+
+
+def test_every_training_run_of_a_method_is_counted(worlds, parameters):
+    folder, edits = worlds().folder, worlds().edits[:4]
+
+    def seconds(method):
+        return plan.for_model(folder, method, edits).train_seconds
+
+    full = unwrite.FullFT(epochs=2, until="epochs")
+    both = unwrite.FLearning(forget=full, learn=full)
+    assert seconds(both) == pytest.approx(2 * seconds(full))
+    # Two probes a round, and half of the rounds.
+    assert seconds(unwrite.Delicate(rounds=6, tuner=full)) == pytest.approx(6 * seconds(full))
+    assert seconds(unwrite.LoRA(epochs=2, until="epochs")) < seconds(full)
+
+
+def test_adapters_need_little_memory_and_disk(worlds, parameters):
+    needs = plan.for_model(worlds().folder, unwrite.LoRA(), worlds().edits[:4])
+    assert needs.memory_bytes < 6 * parameters
+    assert needs.disk_bytes < parameters
+    mixed = unwrite.FLearning(forget=unwrite.LoRA())
+    assert plan.for_model(worlds().folder, mixed).memory_bytes == 20 * parameters

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import ARCHITECTURES
 
+from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
 from unwrite.methods.full_ft import FullFT
 from unwrite.model import Model, head_sees, pad
 from unwrite.testing import check_method
-from unwrite.training import Pair, Recipe, answer_loss, fine_tune, new_pairs
+from unwrite.training import Pair, Recipe, fine_tune, new_pairs, row_losses
 
 FAST = {"lr": 1e-3}
 
@@ -159,9 +160,31 @@ def test_a_fixed_number_of_epochs_is_kept(model, pairs):
 
 def test_the_loss_is_the_mean_over_examples_not_over_tokens(model):
     sequences = [model.tokens("ada works", "as a baker"), model.tokens("ada works as a", "baker")]
-    each = [answer_loss(model.network, [one], [1.0], model.device) for one in sequences]
-    both = answer_loss(model.network, sequences, [1.0, 1.0], model.device)
-    torch.testing.assert_close(both, torch.stack(each).mean())
+    each = [row_losses(model.network, [one], model.device)[0] for one in sequences]
+    both = row_losses(model.network, sequences, model.device)
+    torch.testing.assert_close(both, torch.stack(each))
+    shorter, longer = model.force(sequences[1:])[0], model.force(sequences[:1])[0]
+    assert both.tolist() == pytest.approx([-longer.logprob / 3, -shorter.logprob], rel=1e-4)
+
+
+def test_the_answers_have_no_say_in_the_order(model):
+    """Runs on old and on new answers meet the same prompts in the same batches."""
+    prompts = ["ada works as a", "bram lives in", "cleo owns a", "dirk works as a", "edda lives in"]
+    recipe = Recipe(epochs=3, batch_size=2, until="epochs", **FAST)
+    short = [Pair(prompt, "cat") for prompt in prompts]
+    long = [Pair(p, " ".join(["rain falls on"] * (i % 3 + 1))) for i, p in enumerate(prompts)]
+    assert recorded_order(model, short, recipe) == recorded_order(model, long, recipe)
+
+
+def test_a_start_is_where_training_begins_and_not_part_of_the_change(model, pairs):
+    recipe = Recipe(epochs=1, until="epochs", **FAST)
+    first = fine_tune(model, pairs, recipe).delta.in_memory()
+    from_there = fine_tune(model, pairs, recipe, start=first).delta
+    with model.shifted(first):
+        assert same(from_there, fine_tune(model, pairs, recipe).delta)
+    only_one = Delta.from_changes({name: first[name] for name in list(first)[:1]})
+    frozen = fine_tune(model, pairs, recipe, start=first, trainable=lambda name: name in only_one)
+    assert set(frozen.delta) == set(only_one)
 
 
 def test_logits_at_answer_positions_are_those_of_the_whole(model):

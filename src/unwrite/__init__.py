@@ -10,51 +10,70 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unwrite.api import evaluate, load, open
+    from unwrite.api import compare, evaluate, load, open, sweep
+    from unwrite.comparison import Comparison
     from unwrite.delta import Delta
     from unwrite.edits import Edit, Probe, read_edits, read_pairs, write_edits
     from unwrite.errors import RequirementNotMet, UnwriteError
     from unwrite.home import Home
+    from unwrite.methods.constrained_ft import ConstrainedFT
+    from unwrite.methods.delicate import Delicate
+    from unwrite.methods.f_learning import FLearning
     from unwrite.methods.full_ft import FullFT
+    from unwrite.methods.lora import LoRA
     from unwrite.model import Model
     from unwrite.record import Update
     from unwrite.weights import Weights
 
 _WHERE = {
+    "Comparison": "comparison",
+    "ConstrainedFT": "methods.constrained_ft",
+    "Delicate": "methods.delicate",
     "Delta": "delta",
     "Edit": "edits",
+    "FLearning": "methods.f_learning",
     "FullFT": "methods.full_ft",
     "Home": "home",
+    "LoRA": "methods.lora",
     "Model": "model",
     "Probe": "edits",
     "RequirementNotMet": "errors",
     "UnwriteError": "errors",
     "Update": "record",
     "Weights": "weights",
+    "compare": "api",
     "evaluate": "api",
     "load": "api",
     "open": "api",
     "read_edits": "edits",
     "read_pairs": "edits",
+    "sweep": "api",
     "write_edits": "edits",
 }
 
 __all__ = [
+    "Comparison",
+    "ConstrainedFT",
+    "Delicate",
     "Delta",
     "Edit",
+    "FLearning",
     "FullFT",
     "Home",
+    "LoRA",
     "Model",
     "Probe",
     "RequirementNotMet",
     "UnwriteError",
     "Update",
     "Weights",
+    "compare",
     "evaluate",
     "load",
     "open",
     "read_edits",
     "read_pairs",
+    "sweep",
     "write_edits",
 ]
 

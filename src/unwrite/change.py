@@ -54,6 +54,13 @@ class Change(ABC):
     def squared_norm(self) -> float:
         """Sum of squares of the full tensor, in float64 and without building it."""
 
+    @property
+    def mean_magnitude(self) -> float:
+        """Mean of the absolute values of all elements, in float64; 0 without elements."""
+        runs = (values.reshape(-1).cpu().numpy() for _, values in self.blocks())
+        total = math.fsum(float(np.abs(run).sum(dtype=np.float64)) for run in runs)
+        return total / max(1, math.prod(self.shape))
+
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
         """The full tensor in consecutive flat runs: ``(slice, fp32 values)``. Holds one run."""

@@ -2,7 +2,8 @@
 
 Counts come from the headers of the checkpoint and the tokenised edits; speeds are measured for a
 fraction of a second on this machine. The estimate is of the right size, not exact: a learner that
-stops when the facts are learned is counted with half of its epochs.
+stops when the facts are learned is counted with half of its epochs, a method of several rounds with
+half of its rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from unwrite.edits import Edit
 from unwrite.errors import ModelUnavailable
 from unwrite.files import readable_size
+from unwrite.methods.lora import LoRA
 from unwrite.model import Skeleton
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import Source, resolve
@@ -31,6 +33,7 @@ from unwrite.training import Recipe
 from unwrite.weights import Weights
 
 BYTES_PER_TRAINED_WEIGHT = 20  # fp32 weight, gradient, two AdamW moments, snapshot
+BYTES_PER_FROZEN_WEIGHT = 5  # fp32 weight; what adapters add is small beside it
 TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edit
 GENERATION_STEPS = 10  # tokens until a first sentence is complete, on average
 
@@ -101,12 +104,16 @@ def for_model(
     speed, bandwidth = _speeds()
     recipes = list(_recipes(method))
     count = 100 if edits is None else len(edits)
-    train = sum(_train_seconds(one, count, tokens, parameters, speed, bandwidth) for one in recipes)
+    train = sum(
+        times * _train_seconds(one, count, tokens, parameters, speed, bandwidth)
+        for one, times in recipes
+    )
     # Every probe is read once with its answer and once before generating, before and after.
     reading = 2 * 2 * parameters * (2 * probe_tokens + len(neutral_text()) / 4) / speed
     writing = 2 * 2 * parameters * probes * GENERATION_STEPS / speed
-    memory = parameters * BYTES_PER_TRAINED_WEIGHT
-    disk = parameters * 4
+    full = any(not isinstance(one, LoRA) for one, _ in recipes)
+    memory = parameters * (BYTES_PER_TRAINED_WEIGHT if full else BYTES_PER_FROZEN_WEIGHT)
+    disk = parameters * 4 if full else parameters // 100
     memory_free, disk_free = _memory_free(), shutil.disk_usage(_existing(folder)).free
     warnings = []
     if memory > memory_free:
@@ -178,13 +185,17 @@ def _text_sizes(
     )
 
 
-def _recipes(method: Any) -> Iterator[Recipe]:
-    """Every training run inside a method (a method may hold others as fields)."""
+def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
+    """Every training run inside a method (a method may hold others as fields), and how often it is
+    likely to be made."""
     if isinstance(method, Recipe):
-        yield method
+        yield method, 1.0
     elif dataclasses.is_dataclass(method):
+        # Of every round of Delicate Fine-Tuning, two probes; it stops when the facts are learned.
+        times = float(getattr(method, "rounds", 1.0))
         for field in dataclasses.fields(method):
-            yield from _recipes(getattr(method, field.name))
+            for recipe, inner in _recipes(getattr(method, field.name)):
+                yield recipe, inner * max(1.0, times)
 
 
 def _train_seconds(
@@ -192,9 +203,13 @@ def _train_seconds(
 ) -> float:
     epochs = recipe.epochs / (2 if recipe.until == "learned" else 1)
     steps = math.ceil(edits / recipe.batch_size)
-    # Forward and backward: 6 operations a weight and token. AdamW reads and writes 28 bytes a
-    # weight; gradients are written, measured for clipping and cleared: 16 more.
-    return epochs * (6 * parameters * tokens / speed + steps * parameters * 44 / bandwidth)
+    # Forward and backward: 6 operations a weight and token; 4 where the weight gets no gradient.
+    # AdamW reads and writes 28 bytes a weight; gradients are written, measured for clipping and
+    # cleared: 16 more. For adapters, both are next to nothing.
+    operations, moved = (4, 0) if isinstance(recipe, LoRA) else (6, 44)
+    return epochs * (
+        operations * parameters * tokens / speed + steps * parameters * moved / bandwidth
+    )
 
 
 def _speeds() -> tuple[float, float]:

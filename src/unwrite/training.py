@@ -6,10 +6,13 @@ vocabulary-wide logits are computed at answer positions only; the optimiser is f
 are those of a plain ``transformers.Trainer`` run with the same batches (a test holds it to that).
 
 The loss is the mean over the *examples* of a batch of the mean over their answer tokens, so that
-old and new answers of different length weigh the same (METHODS, decisions).
+old and new answers of different length weigh the same (METHODS, decisions). Batches are formed by
+the length of the prompts, so that runs on old and on new answers meet the same prompts in the same
+order: only then can their changes be compared weight by weight.
 
 Memory on top of the model: gradients and two AdamW moments (12 bytes a trained weight) and a
-snapshot of the trained tensors (4 bytes), which becomes the delta.
+snapshot of the trained tensors (4 bytes). ``fine_tune_adapters`` trains low-rank adapters instead,
+and needs next to nothing on top of the model.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from typing import Any, Literal
 
 import torch
 
+from unwrite.adapters import AdapterShape, Banks, adapted
 from unwrite.allocator import freed_memory_is_kept
 from unwrite.change import Dense
 from unwrite.delta import Delta
@@ -84,7 +88,9 @@ class Step:
     loss: float
 
 
+BeforeTraining = Callable[[Mapping[str, torch.nn.Parameter]], None]
 AfterStep = Callable[[Mapping[str, torch.nn.Parameter], Step], None]
+LossForm = Literal["answer", "prompt-last"]
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,9 @@ class Trained:
     seconds: float
 
 
-def new_pairs(edits: Sequence[Edit]) -> list[Pair]:
-    """The pairs that teach the new answers."""
-    return [Pair(edit.prompt, edit.new) for edit in edits]
+def new_pairs(edits: Sequence[Edit | Pair]) -> list[Pair]:
+    """The pairs that teach the new answers; what is a pair already stays as it is."""
+    return [one if isinstance(one, Pair) else Pair(one.prompt, one.new) for one in edits]
 
 
 def fine_tune(
@@ -109,12 +115,18 @@ def fine_tune(
     recipe: Recipe,
     *,
     trainable: Callable[[str], bool] | None = None,
+    before_training: BeforeTraining | None = None,
     after_step: AfterStep | None = None,
+    start: Delta | None = None,
+    loss: LossForm = "answer",
 ) -> Trained:
     """Fine-tune ``model`` on ``pairs`` and return the change; the model itself is left as it was.
 
-    ``trainable`` chooses tensors by file name (default: all). ``after_step`` is called after every
-    optimiser step with the trained parameters by file name and may change them in place.
+    ``trainable`` chooses tensors by file name (default: all). ``start`` is added to the weights
+    first; the result is the change from there. ``before_training`` is then called with the trained
+    parameters by file name, and ``after_step`` after every optimiser step; the latter may change
+    them in place. ``loss="prompt-last"`` scores all answer tokens at the last position of the
+    prompt (FT-L, METHODS 6.2).
 
     The same seed, pairs and machine give the same bits. The model's tensors are copied back from a
     snapshot however this ends, so it is bitwise unchanged even after an error or Ctrl-C.
@@ -122,41 +134,90 @@ def fine_tune(
     Raises ``BadEdits`` (nothing to train on, a prompt too long, an empty answer) before training,
     ``TrainingFailed`` when the loss is no longer a number or memory runs out.
     """
-    if not pairs:
-        raise BadEdits("There is nothing to train on: the list of pairs is empty.")
-    rows = [(pair, model.tokens(pair.prompt, pair.answer)) for pair in pairs]
-    guard = _Protection.of(model, recipe)
-    parameters = _parameters(model, trainable)
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    rows = _rows(model, pairs)
+    start = start or Delta.nothing()
+    start.check_fits(model.weights)
     started = time.perf_counter()
+    guard = _Protection.of(model, recipe)
     delta: dict[str, Dense] = {}
-    try:
-        run = _Run(model, recipe, parameters, after_step, guard)
-        learned = run.train(rows)
+    with contextlib.ExitStack() as clean_up:
+        parameters = _parameters(model, trainable)
+        clean_up.callback(model.network.requires_grad_, True)
+        before = _snapshot(model, {*parameters, *start})
+        clean_up.callback(_restore, model, before)
+        clean_up.enter_context(_memory_errors(recipe))
+        with torch.no_grad():
+            for name in start:
+                model.weights[name].add_(start[name].dense().to(model.device))
+        if before_training is not None:
+            before_training(parameters)
+        course = _Course(rows, parameters)
+        run = _Run(model, recipe, [course], guard, after_step=after_step, loss=loss)
+        run.train()
         for name, parameter in parameters.items():
             # The optimiser's memory is done with, so the difference goes there: no new memory.
             room = run.optimizer.state[parameter].get("exp_avg")
             room = torch.empty_like(before[name]) if room is None else room
-            delta[name] = Dense(torch.sub(parameter.detach(), before[name], out=room).cpu())
-    except torch.OutOfMemoryError as error:
-        raise TrainingFailed(
-            "The memory of the device ran out while training; nothing was kept. "
-            f"Use a smaller batch_size (now {recipe.batch_size}) or a method that trains fewer "
-            "weights."
-        ) from error
-    finally:
-        with torch.no_grad():
-            for name, tensor in before.items():
-                parameters[name].copy_(tensor)
-                parameters[name].grad = None
-        model.network.requires_grad_(True)
-    return Trained(
-        Delta.from_changes(delta),
-        tuple(run.losses),
-        run.epoch,
-        learned,
-        time.perf_counter() - started,
-    )
+            origin = before[name]
+            if name in start:
+                origin = origin + start[name].dense().to(origin.device)
+            delta[name] = Dense(torch.sub(parameter.detach(), origin, out=room).cpu())
+    return run.result(course, Delta.from_changes(delta), time.perf_counter() - started)
+
+
+def fine_tune_adapters(
+    model: Model,
+    courses: Mapping[str, Sequence[Pair]],
+    recipe: Recipe,
+    shape: AdapterShape,
+    *,
+    start: Delta | None = None,
+) -> dict[str, Trained]:
+    """Train low-rank adapters over the frozen model, one bank a course, and return their deltas.
+
+    Several courses (over the same prompts) run side by side: the frozen weights are read once for
+    all of them, every bank starts from the same random factors, meets the same batches in the same
+    order and makes the same number of steps. With ``until="learned"`` the last course decides.
+    ``start`` is added to the weights first, as in ``fine_tune``.
+
+    The deltas are ``LowRank``, read out of the factors and never through adapter arithmetic. The
+    model is bitwise unchanged however this ends. Raises as ``fine_tune`` does, and ``BadSetting``
+    when the model has none of the targets.
+    """
+    started = time.perf_counter()
+    rows = {name: _rows(model, pairs) for name, pairs in courses.items()}
+    guard = _Protection.of(model, recipe)
+    with contextlib.ExitStack() as clean_up:
+        if start is not None and len(start):
+            clean_up.enter_context(model.shifted(start))
+        clean_up.enter_context(_memory_errors(recipe))
+        banks = clean_up.enter_context(adapted(model, list(courses), shape, recipe.seed))
+        taught = {name: _Course(rows[name], banks.parameters[name], name) for name in courses}
+        run = _Run(model, recipe, list(taught.values()), guard, banks=banks)
+        run.train()
+        seconds = time.perf_counter() - started
+        return {
+            name: run.result(course, banks.delta(name), seconds) for name, course in taught.items()
+        }
+
+
+def learned(model: Model, pairs: Sequence[Pair]) -> list[bool]:
+    """For each pair, whether every token of its answer is the network's argmax now."""
+    forced = model.force([model.tokens(pair.prompt, pair.answer) for pair in pairs])
+    return [one.matched == len(one.targets) for one in forced]
+
+
+Row = tuple[Pair, Tokens]
+
+
+@dataclass
+class _Course:
+    """Rows to learn and the parameters that learn them. Twins are two courses in one run."""
+
+    rows: list[Row]
+    parameters: Mapping[str, torch.nn.Parameter]
+    bank: str | None = None
+    losses: list[float] = field(default_factory=list)
 
 
 class _Run:
@@ -166,110 +227,187 @@ class _Run:
         self,
         model: Model,
         recipe: Recipe,
-        parameters: Mapping[str, torch.nn.Parameter],
-        after_step: AfterStep | None,
+        courses: Sequence[_Course],
         guard: _Protection | None,
+        *,
+        after_step: AfterStep | None = None,
+        loss: LossForm = "answer",
+        banks: Banks | None = None,
     ) -> None:
         from accelerate import Accelerator
 
-        self.model, self.recipe, self.parameters = model, recipe, parameters
-        self.after_step, self.guard = after_step, guard
+        self.model, self.recipe, self.courses, self.guard = model, recipe, courses, guard
+        self.after_step, self.loss, self.banks = after_step, loss, banks
         self.accelerator = Accelerator(cpu=model.device.type == "cpu")
         optimizer = torch.optim.AdamW(
-            parameters.values(), lr=recipe.lr, weight_decay=0.0, fused=True
+            [{"params": list(course.parameters.values())} for course in courses],
+            lr=recipe.lr,
+            weight_decay=0.0,
+            fused=True,
         )
         self.network, self.optimizer = self.accelerator.prepare(model.network, optimizer)
         self.random = torch.Generator().manual_seed(recipe.seed)
-        self.losses: list[float] = []
         self.epoch = 0
+        self.learned = False
 
-    def train(self, rows: Sequence[tuple[Pair, Tokens]]) -> bool:
-        """Run the epochs; whether every answer was right at the end (asked only if it matters)."""
-        recipe = self.recipe
+    def result(self, course: _Course, delta: Delta, seconds: float) -> Trained:
+        """What the run gave for one course."""
+        return Trained(delta, tuple(course.losses), self.epoch, self.learned, seconds)
+
+    def train(self) -> None:
+        """Run the epochs; ``learned`` tells whether every answer of the last course was right at
+        the end (asked only if it matters)."""
+        recipe, rows = self.recipe, self.courses[0].rows
         # Dropout stays off (the network is in eval mode): runs on old and on new answers are
         # compared weight by weight, and different masks would be noise in that comparison.
         self.model.network.eval()
         total = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
-        learned = False
         with (
             self.model.progress.stage("training", total) as advance,
-            _sparse_embedding(self.model, self.parameters),
+            _sparse_embedding(self.model),
             freed_memory_is_kept(),
         ):
-            while self.epoch < recipe.epochs and not learned:
-                epoch_rows = self._with_contexts(rows)
-                for batch in self._batches(epoch_rows):
-                    loss = self._step(batch)
+            while self.epoch < recipe.epochs and not self.learned:
+                rows_of_courses = self._with_contexts()
+                for batch in self._batches():
+                    loss = self._step(
+                        [[rows[index] for index in batch] for rows in rows_of_courses]
+                    )
                     advance(1, f"loss {loss:.3f}")
                 self.epoch += 1
-                learned = recipe.until == "learned" and self._all_right(rows)
-        return learned
+                self.learned = recipe.until == "learned" and self._all_right(self.courses[-1])
 
-    def _step(self, batch: Sequence[tuple[Pair, Tokens]]) -> float:
+    def _step(self, batches: Sequence[Sequence[Row]]) -> float:
+        """One optimiser step on one batch a course; returns the loss of the last course."""
         bf16 = self.recipe.precision == "bf16"
         with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            loss = answer_loss(
-                self.network,
-                [tokens for _, tokens in batch],
-                [pair.weight for pair, _ in batch],
-                self.model.device,
-            )
-            if self.guard is not None:
-                batch_of_guard = self.guard.draw(self.random, self.recipe.batch_size)
-                loss = loss + self.recipe.protect_weight * self.guard.divergence(
-                    self.network, batch_of_guard
+            losses = self._losses(batches)
+        values = [loss.item() for loss in losses]
+        step = len(self.courses[0].losses) + 1
+        for value in values:
+            if not math.isfinite(value):
+                raise TrainingFailed(
+                    f"The loss became {value} at step {step}; nothing was kept. "
+                    f"Use a smaller lr (now {self.recipe.lr})."
                 )
-        value = loss.item()
-        if not math.isfinite(value):
-            raise TrainingFailed(
-                f"The loss became {value} at step {len(self.losses) + 1}; nothing was kept. "
-                f"Use a smaller lr (now {self.recipe.lr})."
-            )
-        self.accelerator.backward(loss)
-        self.accelerator.clip_grad_norm_(self.parameters.values(), self.recipe.max_grad_norm)
+        # The banks of twins share no parameter, so that the gradients of a sum are each one's own.
+        self.accelerator.backward(torch.stack(losses).sum())
+        for course, value in zip(self.courses, values, strict=True):
+            course.losses.append(value)
+            self.accelerator.clip_grad_norm_(course.parameters.values(), self.recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses.append(value)
         if self.after_step is not None:
             with torch.no_grad():
-                self.after_step(self.parameters, Step(len(self.losses), self.epoch, value))
-        return value
+                for course in self.courses:
+                    self.after_step(course.parameters, Step(step, self.epoch, values[-1]))
+        return values[-1]
 
-    def _with_contexts(self, rows: Sequence[tuple[Pair, Tokens]]) -> Sequence[tuple[Pair, Tokens]]:
-        """The rows of this epoch: in every other epoch each behind a neutral sentence."""
-        if self.recipe.contexts == 0 or self.epoch % 2 == 0:
-            return rows
-        sentences = neutral_contexts(self.recipe.contexts)
-        picks = torch.randint(len(sentences), (len(rows),), generator=self.random).tolist()
-        moved = [
-            replace(pair, prompt=f"{sentences[pick]} {pair.prompt}")
-            for (pair, _), pick in zip(rows, picks, strict=True)
+    def _losses(self, batches: Sequence[Sequence[Row]]) -> list[torch.Tensor]:
+        """The loss of each course, from one forward pass (and one more for what is protected)."""
+        sizes = [len(batch) for batch in batches]
+        sequences = [tokens for batch in batches for _, tokens in batch]
+        with self._read_by(sizes):
+            per_row = row_losses(self.network, sequences, self.model.device, self.loss)
+        losses = []
+        for batch, part in zip(batches, per_row.split(sizes), strict=True):
+            weights = torch.tensor([pair.weight for pair, _ in batch], device=part.device)
+            losses.append((part * weights).mean())
+        if self.guard is None:
+            return losses
+        chosen = self.guard.draw(self.random, self.recipe.batch_size)
+        with self._read_by([len(chosen)] * len(batches)):
+            divergences = self.guard.divergences(self.network, chosen * len(batches))
+        return [
+            loss + self.recipe.protect_weight * part.mean()
+            for loss, part in zip(losses, divergences.split(len(chosen)), strict=True)
         ]
-        return [(pair, self.model.tokens(pair.prompt, pair.answer)) for pair in moved]
 
-    def _batches(self, rows: Sequence[tuple[Pair, Tokens]]) -> Iterator[list[tuple[Pair, Tokens]]]:
-        """Batches of similar length: rows of equal length change places, and so do the batches."""
+    def _read_by(self, sizes: Sequence[int]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, so many rows of a batch pass through each course's bank."""
+        if self.banks is None:
+            return contextlib.nullcontext()
+        names = [str(course.bank) for course in self.courses[-len(sizes) :]]
+        return self.banks.reading(
+            [n for n, size in zip(names, sizes, strict=True) for _ in range(size)]
+        )
+
+    def _with_contexts(self) -> list[Sequence[Row]]:
+        """The rows of this epoch, by course: in every other epoch each behind a neutral sentence,
+        the same one in all courses."""
+        if self.recipe.contexts == 0 or self.epoch % 2 == 0:
+            return [course.rows for course in self.courses]
+        sentences = neutral_contexts(self.recipe.contexts)
+        count = len(self.courses[0].rows)
+        picks = torch.randint(len(sentences), (count,), generator=self.random).tolist()
+        return [
+            _rows(
+                self.model,
+                [
+                    replace(pair, prompt=f"{sentences[pick]} {pair.prompt}")
+                    for (pair, _), pick in zip(course.rows, picks, strict=True)
+                ],
+            )
+            for course in self.courses
+        ]
+
+    def _batches(self) -> Iterator[list[int]]:
+        """Row numbers in batches of similar length: rows whose prompts are equally long change
+        places, and so do the batches. Answers have no say, so that twins are batched alike."""
+        rows = self.courses[0].rows
         shuffled = torch.randperm(len(rows), generator=self.random).tolist()
-        by_length = sorted(shuffled, key=lambda index: len(rows[index][1].ids))
+        by_length = sorted(shuffled, key=lambda index: len(rows[index][0].prompt))
         size = self.recipe.batch_size
         batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
         for number in torch.randperm(len(batches), generator=self.random).tolist():
-            yield [rows[index] for index in batches[number]]
+            yield batches[number]
 
     @torch.no_grad()
-    def _all_right(self, rows: Sequence[tuple[Pair, Tokens]]) -> bool:
+    def _all_right(self, course: _Course) -> bool:
         """Whether every answer to learn is the argmax now; ends at the first batch that is not."""
-        wanted = [tokens for pair, tokens in rows if pair.weight > 0]
+        wanted = [tokens for pair, tokens in course.rows if pair.weight > 0]
         for batch in length_batches([len(tokens.ids) for tokens in wanted], rows=16):
             ids, at_rows, columns, targets = pad([wanted[index] for index in batch])
-            logits = self.model.logits_at(ids, at_rows, columns)
+            with self._read_by([len(batch)]):
+                logits = self.model.logits_at(ids, at_rows, columns)
             if not torch.equal(logits.argmax(dim=-1).cpu(), targets):
                 return False
         return True
 
 
+def _rows(model: Model, pairs: Sequence[Pair]) -> list[Row]:
+    if not pairs:
+        raise BadEdits("There is nothing to train on: the list of pairs is empty.")
+    return [(pair, model.tokens(pair.prompt, pair.answer)) for pair in pairs]
+
+
+def _snapshot(model: Model, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    weights = model.weights
+    return {name: weights[name].clone() for name in names}
+
+
+@torch.no_grad()
+def _restore(model: Model, before: Mapping[str, torch.Tensor]) -> None:
+    weights = model.weights
+    for name, tensor in before.items():
+        weights[name].copy_(tensor)
+    model.network.zero_grad()
+
+
 @contextlib.contextmanager
-def _sparse_embedding(model: Model, parameters: Mapping[str, torch.nn.Parameter]) -> Iterator[None]:
+def _memory_errors(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingFailed(
+            "The memory of the device ran out while training; nothing was kept. "
+            f"Use a smaller batch_size (now {recipe.batch_size}) or a method that trains fewer "
+            "weights."
+        ) from error
+
+
+@contextlib.contextmanager
+def _sparse_embedding(model: Model) -> Iterator[None]:
     """Within the block, a tied embedding gives a sparse gradient, which autograd adds in place to
     the head's dense one: the same sum without a second tensor of vocabulary x width per step.
 
@@ -288,25 +426,32 @@ def _sparse_embedding(model: Model, parameters: Mapping[str, torch.nn.Parameter]
         embedding.sparse = False
 
 
-def answer_loss(
+def row_losses(
     network: Any,
     sequences: Sequence[Tokens],
-    weights: Sequence[float],
     device: torch.device,
+    form: LossForm = "answer",
 ) -> torch.Tensor:
-    """Weighted mean over the sequences of the mean cross-entropy of their answer tokens, a scalar.
+    """The mean cross-entropy of each sequence's answer tokens, fp32 of shape (sequences,).
 
-    Shapes inside: ids (batch, length); logits (answer tokens, vocabulary) in fp32.
+    Inside: ids (sequences, length); logits (answer tokens, vocabulary) in fp32.
     """
     ids, rows, columns, targets = pad(sequences)
+    if form == "prompt-last":
+        columns = torch.tensor([tokens.answer - 1 for tokens in sequences])[rows]
     with head_sees(network, rows, columns):
         logits = network(input_ids=ids.to(device), use_cache=False).logits[0].float()
-    share = torch.tensor(
-        [weights[row] / (len(sequences[row].targets) * len(sequences)) for row in rows.tolist()],
-        device=logits.device,
-    )
     losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return (losses * share).sum()
+    return _mean_by_row(losses, rows, sequences)
+
+
+def _mean_by_row(
+    values: torch.Tensor, rows: torch.Tensor, sequences: Sequence[Tokens]
+) -> torch.Tensor:
+    """Values (answer tokens,) of a batch averaged within each of its sequences: (sequences,)."""
+    share = torch.tensor([1 / len(sequences[row].targets) for row in rows.tolist()])
+    sums = torch.zeros(len(sequences), device=values.device, dtype=values.dtype)
+    return sums.index_add(0, rows.to(values.device), values * share.to(values.device))
 
 
 def neutral_contexts(count: int) -> list[str]:
@@ -356,20 +501,16 @@ class _Protection:
         picks = torch.randperm(len(self.sequences), generator=random)[:count]
         return [int(pick) for pick in picks]
 
-    def divergence(self, network: Any, chosen: Sequence[int]) -> torch.Tensor:
-        """Mean KL(before || now) over the chosen sequences and their answer positions, a scalar."""
+    def divergences(self, network: Any, chosen: Sequence[int]) -> torch.Tensor:
+        """KL(before || now) of each chosen sequence, averaged over its answer: (chosen,)."""
         sequences = [self.sequences[index] for index in chosen]
         ids, rows, columns, _ = pad(sequences)
         with head_sees(network, rows, columns):
             logits = network(input_ids=ids.to(self.model.device), use_cache=False).logits[0]
         now = logits.float().log_softmax(dim=-1)
         before = torch.cat([self.logprobs[index] for index in chosen]).to(now.device)
-        share = torch.tensor(
-            [1 / (len(sequences[row].targets) * len(sequences)) for row in rows.tolist()],
-            device=now.device,
-        )
         divergence = (before.exp() * (before - now)).sum(dim=-1)
-        return (divergence * share).sum()
+        return _mean_by_row(divergence, rows, sequences)
 
 
 def _parameters(

@@ -23,8 +23,14 @@ if typing.TYPE_CHECKING:
     from unwrite.edits import Edit
     from unwrite.model import Model
 
-METHODS = {"full-ft": "unwrite.methods.full_ft:FullFT"}
-ALIASES = {"ft": "full-ft"}
+METHODS = {
+    "full-ft": "unwrite.methods.full_ft:FullFT",
+    "lora": "unwrite.methods.lora:LoRA",
+    "ft-c": "unwrite.methods.constrained_ft:ConstrainedFT",
+    "f-learning": "unwrite.methods.f_learning:FLearning",
+    "delicate": "unwrite.methods.delicate:Delicate",
+}
+ALIASES = {"ft": "full-ft", "dft": "delicate"}
 DEFAULT = "full-ft"
 
 

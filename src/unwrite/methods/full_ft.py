@@ -9,7 +9,7 @@ from typing import ClassVar
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.model import Model
-from unwrite.training import Recipe, fine_tune, new_pairs
+from unwrite.training import Pair, Recipe, Trained, fine_tune, new_pairs
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,9 @@ class FullFT(Recipe):
     paper: ClassVar[str] = "Full-FT baseline of arXiv 2311.08011 and of Delicate Fine-Tuning"
     advice: ClassVar[str] = "a few facts, enough memory, no close neighbours to protect"
 
-    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
-        return fine_tune(model, new_pairs(edits), self).delta
+    def train(self, model: Model, pairs: Sequence[Pair], start: Delta | None = None) -> Trained:
+        """Fine-tune from the weights of ``model`` plus ``start``; the change from there."""
+        return fine_tune(model, pairs, self, start=start)
+
+    def delta(self, model: Model, edits: Sequence[Edit | Pair]) -> Delta:
+        return self.train(model, new_pairs(edits)).delta

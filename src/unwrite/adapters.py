@@ -1,0 +1,179 @@
+"""Low-rank adapters on a network, for the length of a training run.
+
+peft puts them in and takes them out again. Several *banks* of adapters may sit over one frozen
+network: each row of a batch is read through its own, so that runs which share their prompts share
+the forward pass too. What a bank learned is read out of its factors as ``LowRank`` changes; the
+adapters are never merged, so no rounding of a merge gets into a delta.
+
+Memory: the factors, their gradients and moments; rank x (in + out) numbers a matrix and bank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from unwrite.change import LowRank
+from unwrite.delta import Delta
+from unwrite.errors import BadSetting
+from unwrite.model import Model
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+# One matrix does the work of several in some architectures; asking for a part means the whole.
+FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Rank and scaling (``alpha / rank``) of the adapters, and the kinds of matrices they sit on:
+    any of ``KINDS``."""
+
+    rank: int
+    alpha: int
+    targets: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0:
+            raise BadSetting(
+                f"rank must be at least 1 and alpha greater than 0, not {self.rank} and "
+                f"{self.alpha}."
+            )
+        unknown = [kind for kind in self.targets if kind not in KINDS]
+        if unknown or not self.targets:
+            raise BadSetting(
+                f"targets must name kinds of matrices ({', '.join(KINDS)}), not "
+                f"{', '.join(unknown) or 'nothing'}."
+            )
+
+
+@dataclass(frozen=True)
+class Banks:
+    """The adapters in a network. ``parameters``: by bank, the factors that are trained."""
+
+    parameters: Mapping[str, Mapping[str, torch.nn.Parameter]]
+    _layers: Mapping[str, Any]  # file name of the weight -> peft's layer around its module
+    _reader: _Reader
+
+    def reading(self, banks: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, row i of a batch passes through the adapters of ``banks[i]``."""
+        return self._reader.rows(banks)
+
+    def delta(self, bank: str) -> Delta:
+        """What a bank has learned: ``alpha / rank * B @ A``, in the orientation of the files."""
+        changes = {}
+        for file, layer in self._layers.items():
+            # Copies: the factors go on living in the optimiser's hands.
+            down = layer.lora_A[bank].weight.detach().cpu().clone()  # (rank, in)
+            up = layer.lora_B[bank].weight.detach().cpu().clone()  # (out, rank)
+            b, a = (down.T, up.T) if layer.fan_in_fan_out else (up, down)
+            scale = float(layer.scaling[bank])
+            changes[file] = LowRank(b.contiguous(), a.contiguous(), scale)
+        return Delta.from_changes(changes)
+
+
+@contextlib.contextmanager
+def adapted(model: Model, banks: Sequence[str], shape: AdapterShape, seed: int) -> Iterator[Banks]:
+    """Within the block, ``model.network`` is frozen and carries adapters; afterwards it is what it
+    was, module for module.
+
+    All banks start from the same factors: ``A`` random by ``seed``, ``B`` zero, so that nothing
+    changes until something is learned. Raises ``BadSetting`` when the model has none of a target.
+    """
+    from peft import LoraConfig, LoraModel
+
+    files = _targets(model, shape.targets)
+    modules = {file: model.names[file].removesuffix(".weight") for file in files}
+    transposed = {model.anatomy.transposed(module) for module in modules.values()}
+    config = LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=0.0,
+        target_modules=list(modules.values()),
+        fan_in_fan_out=transposed == {True},
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        carrier: Any = LoraModel(model.network, config, banks[0])
+    try:
+        for bank in banks[1:]:
+            carrier.peft_config[bank] = config
+            carrier.inject_adapter(model.network, bank)
+        layers = {file: model.network.get_submodule(name) for file, name in modules.items()}
+        model.network.requires_grad_(False)
+        parameters: dict[str, dict[str, torch.nn.Parameter]] = {}
+        for bank in banks:
+            parameters[bank] = {}
+            for file, layer in layers.items():
+                layer.set_adapter(list(banks))
+                factors = {"a": layer.lora_A[bank].weight, "b": layer.lora_B[bank].weight}
+                with torch.no_grad():
+                    factors["a"].copy_(layer.lora_A[banks[0]].weight)
+                parameters[bank] |= {f"{file}.{key}": one for key, one in factors.items()}
+        for bank in banks:
+            for factor in parameters[bank].values():
+                factor.requires_grad_(True)
+        reader = _Reader(list(layers.values()), several=len(banks) > 1)
+        with reader.hooked():
+            yield Banks(parameters, layers, reader)
+    finally:
+        carrier.unload()
+        model.network.requires_grad_(True)
+
+
+class _Reader:
+    """Tells every adapter layer which bank reads which row of the batch at hand."""
+
+    def __init__(self, layers: Sequence[torch.nn.Module], *, several: bool) -> None:
+        self._layers = layers
+        self._several = several
+        self._names: list[str] = []
+
+    @contextlib.contextmanager
+    def rows(self, names: Sequence[str]) -> Iterator[None]:
+        self._names = list(names)
+        try:
+            yield
+        finally:
+            self._names = []
+
+    @contextlib.contextmanager
+    def hooked(self) -> Iterator[None]:
+        """A single bank needs no telling: peft then takes its shorter way."""
+
+        def tell(_module: Any, inputs: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return inputs, {**words, "adapter_names": self._names}
+
+        handles = [
+            layer.register_forward_pre_hook(tell, with_kwargs=True)
+            for layer in (self._layers if self._several else ())
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _targets(model: Model, wanted: Sequence[str]) -> list[str]:
+    """File names of the matrices of the wanted kinds, in the order of the file."""
+    kinds = {file: model.anatomy.kind(name) for file, name in model.names.items()}
+    there = set(kinds.values())
+    chosen = set()
+    for kind in wanted:
+        found = kind if kind in there else FUSED.get(kind)
+        if found not in there:
+            raise BadSetting(
+                f"{model.source.name} has no matrices of the kind {kind!r}; it has "
+                f"{', '.join(sorted(there & {*KINDS, *FUSED.values()})) or 'none of those known'}."
+            )
+        chosen.add(found)
+    parameters = dict(model.network.named_parameters())
+    return [
+        file
+        for file, kind in kinds.items()
+        if kind in chosen and parameters[model.names[file]].ndim == 2
+    ]
