@@ -9,9 +9,8 @@ The largest of billions are found exactly, without sorting them and in one pass.
 the tensors read so far brackets the score of the last element to keep. Of each tensor, survivors
 above the bracket are kept, those inside it are kept in doubt, and at the end the doubtful scores
 of all tensors tell the exact threshold. A tensor whose bracket turns out not to contain it is read
-once more, with a wider bracket, until none is left; tensors come in random order, so that those
-read stand for those to come and this hardly happens. To read a ``LowRank`` change means to
-multiply it out.
+once more, with a wider one, until none is left; tensors come in random order, so that those read
+stand for those to come and this is rare. To read a ``LowRank`` change means to multiply it out.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,11 +33,12 @@ from unwrite.errors import BadSetting, TensorMismatch
 THREADS = 2  # tensors worked on at the same time
 RUN = 8  # elements that are sampled together: half a cache line
 SAMPLED = 509  # one run in so many; a prime, so as not to fall into step with rows
-DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of a sampled rank
 GROWTH = 1.2  # of the sample, until the bracket is computed anew
+DEVIATIONS = 8.0  # half the width of a bracket, in standard deviations of a sampled rank
 CHOICES = {"scope": ("model", "tensor"), "of": ("survivors", "all"), "keep": ("new", "difference")}
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Bracket = tuple[float, float]
 Map = Callable[[Callable[[str], "_Scan"], Iterable[str]], Iterable["_Scan"]]
 
 
@@ -77,21 +77,18 @@ def select(
     ``new - old``. A not-a-number never survives.
 
     Raises ``BadSetting`` for a setting that does not exist, ``TensorMismatch`` for deltas of
-    different bases or shapes. Holds the result (a bit an element, 4 bytes an element kept), as
-    much again at most for what is in doubt, and two tensors of each delta.
+    different bases or shapes. Holds two tensors of each delta and the result (a bit an element and
+    4 bytes an element kept); besides, 16 bytes for each survivor in doubt, which are a fraction of
+    the kept ones unless almost all scores are equal.
     """
-    rule = _Rule(top, scope, of, keep, conflict)
+    task = _Task(old, new, top, scope, of, keep, conflict)
     provenance = (new - old).provenance  # refuses deltas of different bases
     names = tuple(dict.fromkeys((*new.names, *old.names)))
-
-    def read(name: str) -> _Pair:
-        return _read(old, new, name, conflict)
-
     with ThreadPoolExecutor(THREADS, thread_name_prefix="select") as threads:
         if scope == "model":
-            parts = [_select_among(names, read, rule, threads.map)]
+            parts = [_select_among(names, task, threads.map)]
         else:
-            parts = list(threads.map(lambda name: _select_among([name], read, rule, map), names))
+            parts = list(threads.map(lambda name: _select_among([name], task, map), names))
     return Selection(
         Delta.from_changes(dict(item for part in parts for item in part.delta.items()), provenance),
         sum(part.parameters for part in parts),
@@ -102,9 +99,11 @@ def select(
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """The settings of ``select``."""
+class _Task:
+    """The arguments of ``select``."""
 
+    old: Delta
+    new: Delta
     top: float
     scope: str
     of: str
@@ -123,19 +122,101 @@ class _Rule:
         whole = survivors if self.of == "survivors" else size
         return min(survivors, max(1, round(self.top * whole)))
 
+    def read(self, name: str) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
+        """Shape and flat fp32 values of one tensor, zeros where it is absent."""
+        old, new = self.old.get(name), self.new.get(name)
+        shapes = [change.shape for change in (old, new) if change is not None]
+        if shapes[0] != shapes[-1]:
+            raise TensorMismatch(
+                f"The old change of {name!r} has shape {shapes[0]} and the new one {shapes[1]}. "
+                "Compare changes that were made for the same model."
+            )
+        if self.conflict and len(shapes) == 1:
+            old = new = None  # nothing survives, so nothing need be multiplied out
+        return shapes[0], _flat(old, shapes[0]), _flat(new, shapes[0])
 
-@dataclass(frozen=True)
-class _Pair:
-    """One tensor of both deltas: flat, fp32, on the CPU."""
 
-    shape: tuple[int, ...]
-    old: torch.Tensor
-    new: torch.Tensor
+def _flat(change: Change | None, shape: tuple[int, ...]) -> torch.Tensor:
+    if change is None:
+        return torch.zeros(()).expand(math.prod(shape))
+    full = change.values if isinstance(change, Dense) else change.dense()
+    return full.reshape(-1).cpu()
+
+
+def _select_among(names: Sequence[str], task: _Task, spread: Map) -> Selection:
+    """``select`` among the tensors of these names, which ``spread`` may read at the same time."""
+    sample = _Sample(task)
+
+    def first(name: str) -> _Scan:
+        shape, old, new = task.read(name)
+        return _scan(shape, old, new, sample.add(old, new), task)
+
+    def again(name: str) -> _Scan:
+        return _scan(*task.read(name), bracket, task)
+
+    order = random.Random(0).sample(names, len(names))
+    scans = dict(zip(order, spread(first, order), strict=True))
+    parameters = sum(math.prod(scan.shape) for scan in scans.values())
+    survivors = sum(scan.survivors for scan in scans.values())
+    wanted = task.wanted(parameters, survivors)
+    deviations = DEVIATIONS
+    threshold = _threshold(scans.values(), wanted)
+    while missed := [name for name, scan in scans.items() if not scan.covers(threshold)]:
+        deviations *= 2
+        bracket = sample.bracket(deviations)
+        scans |= zip(missed, spread(again, missed), strict=True)
+        threshold = _threshold(scans.values(), wanted)
+
+    spare = wanted - sum(scan.above(threshold) for scan in scans.values())  # for ties
+    changes = {}
+    for name in names:
+        scan = scans.pop(name)
+        ties = min(spare, int(np.count_nonzero(scan.scores == threshold)))
+        spare -= ties
+        if scan.above(threshold) + ties:
+            changes[name] = scan.masked(threshold, ties)
+    return Selection(Delta.from_changes(changes), parameters, survivors, wanted, threshold)
+
+
+class _Sample:
+    """The scores of a few elements of every tensor read so far."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._size = self._used = 0
+        self._scores: list[Array] = []
+        self._bracket: Bracket = (0.0, math.inf)
+        self._lock = threading.Lock()
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def add(self, *sides: torch.Tensor) -> Bracket:
+        """Take one more tensor into account. Returns the bracket as far as it is known."""
+        runs = sides[0].numel() // RUN
+        thin = [side[: runs * RUN].view(runs, RUN)[::SAMPLED].reshape(-1) for side in sides]
+        scores, survives, _ = _Comparison(thin[0].numel(), self._task.conflict).of(*thin)
+        with self._lock:
+            self._size += scores.size
+            self._scores.append(scores[survives])
+            if self._size > GROWTH * self._used:
+                self._used = self._size
+                self._bracket = self.bracket(DEVIATIONS)
+            return self._bracket
+
+    def bracket(self, deviations: float) -> Bracket:
+        """Two scores between which that of the last element to keep lies, most probably."""
+        scores = np.sort(np.concatenate(self._scores))
+        count = len(scores)
+        kept = self._task.wanted(self._size, count)
+        spread = math.ceil(deviations * (1 + math.sqrt(kept * (1 - kept / max(1, count)))))
+        low, high = count - kept - spread, count - kept + spread
+        return float(scores[low]) if low >= 0 else 0.0, (
+            float(scores[high]) if high < count else math.inf
+        )
 
 
 @dataclass(frozen=True)
 class _Scan:
-    """What reading one tensor showed. Candidates are the survivors that ``low`` does not exclude."""
+    """What one tensor showed. Its candidates are the survivors with a score of ``low`` or more."""
 
     shape: tuple[int, ...]
     low: float
@@ -147,108 +228,73 @@ class _Scan:
     ranks: Array  # their places among the candidates
     places: Array  # their places in the tensor
 
+    def covers(self, threshold: float) -> bool:
+        """Whether it is known what lies above the threshold."""
+        return self.low <= threshold <= self.high
+
     @property
     def sure(self) -> int:
-        """Number of candidates above ``high``."""
+        """Number of candidates not in doubt."""
         return len(self.values) - len(self.scores)
 
     def above(self, threshold: float) -> int:
-        """Number of candidates with a larger score than this, which is inside the bracket."""
+        """Number of candidates with a larger score than this, one that it covers."""
         return self.sure + int(np.count_nonzero(self.scores > threshold))
 
-
-class _Sample:
-    """The scores of a few elements of every tensor read so far."""
-
-    def __init__(self, rule: _Rule) -> None:
-        self._rule = rule
-        self._size = self._used = 0
-        self._scores: list[Array] = []
-        self._bracket = (0.0, math.inf)
-        self._lock = threading.Lock()
-
-    def add(self, pair: _Pair) -> tuple[float, float]:
-        """Take one more tensor into account. Returns the bracket as far as it is known."""
-        runs = pair.new.numel() // RUN
-        old, new = (
-            side[: runs * RUN].view(runs, RUN)[::SAMPLED].reshape(-1).numpy()
-            for side in (pair.old, pair.new)
-        )
-        scores, survives, _ = _Comparison(old.size, self._rule.conflict).of(old, new)
-        with self._lock:
-            self._size += old.size
-            self._scores.append(scores[survives])
-            if self._size > GROWTH * self._used:
-                self._used = self._size
-                self._bracket = self.bracket(DEVIATIONS)
-            return self._bracket
-
-    def bracket(self, deviations: float) -> tuple[float, float]:
-        """Two scores between which that of the last element to keep lies, most probably."""
-        scores = np.sort(np.concatenate(self._scores))
-        count = len(scores)
-        kept = self._rule.wanted(self._size, count)
-        spread = math.ceil(deviations * (1 + math.sqrt(kept * (1 - kept / max(1, count)))))
-        low, high = count - kept - spread, count - kept + spread
-        return float(scores[low]) if low >= 0 else 0.0, (
-            float(scores[high]) if high < count else math.inf
-        )
+    def masked(self, threshold: float, ties: int) -> Masked:
+        """The candidates above the threshold, and the first ``ties`` of those at it."""
+        gone = self.scores < threshold
+        gone[np.flatnonzero(self.scores == threshold)[ties:]] = True
+        stays = np.ones(len(self.values), np.bool_)
+        stays[self.ranks[gone]] = False
+        places = self.places[gone]
+        np.subtract.at(self.bits, places // 8, np.left_shift(1, places % 8).astype(np.uint8))
+        values = self.values.compress(stays)
+        return Masked(self.shape, torch.from_numpy(self.bits), torch.from_numpy(values))
 
 
-def _select_among(
-    names: Sequence[str], read: Callable[[str], _Pair], rule: _Rule, spread: Map
-) -> Selection:
-    """``select`` among the tensors of these names, which ``spread`` may read at the same time."""
-    sample = _Sample(rule)
-
-    def first(name: str) -> _Scan:
-        pair = read(name)
-        return _scan(pair, sample.add(pair), rule)
-
-    def again(name: str) -> _Scan:
-        return _scan(read(name), bracket, rule)
-
-    order = random.Random(0).sample(names, len(names))
-    scans = dict(zip(order, spread(first, order), strict=True))
-    parameters = sum(math.prod(scan.shape) for scan in scans.values())
-    survivors = sum(scan.survivors for scan in scans.values())
-    wanted = rule.wanted(parameters, survivors)
-    deviations = DEVIATIONS
-    while missed := _missed(scans, threshold := _threshold(scans.values(), wanted)):
-        deviations *= 2
-        bracket = sample.bracket(deviations)
-        scans |= zip(missed, spread(again, missed), strict=True)
-
-    spare = wanted - sum(scan.above(threshold) for scan in scans.values())  # for ties
-    changes = {}
-    for name in names:
-        scan = scans.pop(name)
-        ties = min(spare, np.count_nonzero(scan.scores == threshold))
-        spare -= ties
-        if scan.above(threshold) + ties:
-            changes[name] = _masked(scan, threshold, ties)
-    return Selection(Delta.from_changes(changes), parameters, survivors, wanted, threshold)
+def _threshold(scans: Iterable[_Scan], wanted: int) -> float:
+    """The score of the last element to keep; not a number if that is not among those in doubt."""
+    if not wanted:
+        return 0.0
+    scans = list(scans)
+    scores = np.concatenate([scan.scores for scan in scans])
+    place = len(scores) - (wanted - sum(scan.sure for scan in scans))
+    if not 0 <= place < len(scores):
+        return math.nan
+    scores.partition(place)
+    return float(scores[place])
 
 
-def _read(old: Delta, new: Delta, name: str, conflict: bool) -> _Pair:
-    """One tensor of both; zeros where it is absent from one, or nothing can survive for that."""
-    one, two = old.get(name), new.get(name)
-    shape = (one if two is None else two).shape
-    if one is not None and two is not None and one.shape != two.shape:
-        raise TensorMismatch(
-            f"The old change of {name!r} has shape {one.shape} and the new one {two.shape}. "
-            "Compare changes that were made for the same model."
-        )
-    if conflict and (one is None or two is None):
-        one = two = None
-    return _Pair(shape, _flat(one, shape), _flat(two, shape))
-
-
-def _flat(change: Change | None, shape: tuple[int, ...]) -> torch.Tensor:
-    if change is None:
-        return torch.zeros(()).expand(math.prod(shape))
-    full = change.values if isinstance(change, Dense) else change.dense()
-    return full.reshape(-1).cpu()
+@np.errstate(over="ignore", invalid="ignore")
+def _scan(
+    shape: tuple[int, ...], old: torch.Tensor, new: torch.Tensor, bracket: Bracket, task: _Task
+) -> _Scan:
+    """Go through one tensor, piece by piece."""
+    low, high = bracket
+    size = math.prod(shape)
+    index = np.int32 if size < 1 << 31 else np.int64
+    bits = np.zeros((size + 63) // 64 * 8, np.uint8)
+    found: list[tuple[Array, ...]] = []
+    start = survivors = candidates = 0
+    comparison = _Comparison(min(size, PIECE), task.conflict)
+    for one, two in in_step(old, new):
+        score, survives, flags = comparison.of(one, two)
+        survivors += int(np.count_nonzero(survives))
+        survives &= np.greater_equal(score, low, out=flags)
+        packed = np.packbits(survives, bitorder="little")
+        bits[start // 8 : start // 8 + packed.size] = packed  # pieces are multiples of 64
+        place = np.flatnonzero(survives)
+        value, score = two.numpy().take(place), score.take(place)
+        if task.keep == "difference":
+            value -= one.numpy().take(place)
+        doubtful = np.flatnonzero(score <= high)
+        ranks, places = doubtful + candidates, place.take(doubtful) + start
+        found.append((value, score.take(doubtful), ranks.astype(index), places.astype(index)))
+        start += one.numel()
+        candidates += place.size
+    parts = (np.concatenate(part) for part in zip(*found, strict=True))
+    return _Scan(shape, low, high, survivors, bits, *parts)
 
 
 class _Comparison:
@@ -259,77 +305,19 @@ class _Comparison:
         self._floats = np.empty((2, size), np.float32)
         self._flags = np.empty((2, size), np.bool_)
 
-    def of(self, old: Array, new: Array) -> tuple[Array, Array, Array]:
+    def of(self, old: torch.Tensor, new: torch.Tensor) -> tuple[Array, Array, Array]:
         """``|new - old|``, which elements survive, and room for as many flags; until called again.
 
         Opposite signs show in the lesser and the greater of the two, which takes fewer steps than
         looking at each, and which their product does not tell: that of small numbers is zero.
         """
-        (least, most), (survives, flags) = self._floats[:, : old.size], self._flags[:, : old.size]
-        np.minimum(old, new, out=least)
-        np.maximum(old, new, out=most)
+        size, sides = old.numel(), (old.numpy(), new.numpy())
+        (least, most), (survives, flags) = self._floats[:, :size], self._flags[:, :size]
+        np.minimum(*sides, out=least)
+        np.maximum(*sides, out=most)
         np.less(least, 0, out=survives)
-        np.greater(most, 0, out=flags)
-        survives &= flags
-        with np.errstate(over="ignore", invalid="ignore"):
-            scores = np.subtract(most, least, out=most)
+        survives &= np.greater(most, 0, out=flags)
+        scores = np.subtract(most, least, out=most)
         if not self._conflict:
             np.greater_equal(scores, 0, out=survives)
         return scores, survives, flags
-
-
-def _scan(pair: _Pair, bracket: tuple[float, float], rule: _Rule) -> _Scan:
-    low, high = bracket
-    size = math.prod(pair.shape)
-    bits = np.zeros((size + 63) // 64 * 8, np.uint8)
-    values, scores, ranks, places = [], [], [], []
-    start = survivors = candidates = 0
-    comparison = _Comparison(min(size, PIECE), rule.conflict)
-    for old, new in ((o.numpy(), n.numpy()) for o, n in in_step(pair.old, pair.new)):
-        score, survives, flags = comparison.of(old, new)
-        survivors += int(np.count_nonzero(survives))
-        survives &= np.greater_equal(score, low, out=flags)
-        packed = np.packbits(survives, bitorder="little")
-        bits[start // 8 : start // 8 + packed.size] = packed  # pieces are multiples of 64
-        place = np.flatnonzero(survives)
-        value, score = new.take(place), score.take(place)
-        values.append(value - old.take(place) if rule.keep == "difference" else value)
-        doubtful = np.flatnonzero(score <= high)
-        scores.append(score.take(doubtful))
-        ranks.append(doubtful + candidates)
-        places.append(place.take(doubtful) + start)
-        start += old.size
-        candidates += place.size
-    parts = (np.concatenate(part) for part in (values, scores, ranks, places))
-    return _Scan(pair.shape, low, high, survivors, bits, *parts)
-
-
-def _threshold(scans: Collection[_Scan], wanted: int) -> float | None:
-    """The score of the last element to keep; ``None`` if it is not among those in doubt."""
-    if not wanted:
-        return 0.0
-    scores = np.concatenate([scan.scores for scan in scans])
-    rank = wanted - sum(scan.sure for scan in scans)
-    if not 1 <= rank <= len(scores):
-        return None
-    scores.partition(len(scores) - rank)
-    return float(scores[len(scores) - rank])
-
-
-def _missed(scans: dict[str, _Scan], threshold: float | None) -> list[str]:
-    """Tensors of which too little is known to tell what lies above the threshold."""
-    return [
-        name
-        for name, scan in scans.items()
-        if threshold is None or not scan.low <= threshold <= scan.high
-    ]
-
-
-def _masked(scan: _Scan, threshold: float, ties: int) -> Masked:
-    """The candidates above the threshold, and the first ``ties`` of those at it."""
-    stays = scan.scores > threshold
-    stays[np.flatnonzero(scan.scores == threshold)[:ties]] = True
-    values = np.delete(scan.values, scan.ranks[~stays])
-    gone = scan.places[~stays]
-    np.subtract.at(scan.bits, gone // 8, np.left_shift(1, gone % 8).astype(np.uint8))
-    return Masked(scan.shape, torch.from_numpy(scan.bits), torch.from_numpy(values))
