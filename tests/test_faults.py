@@ -467,7 +467,7 @@ def test_a_base_that_is_gone_is_asked_for(based, file):
         ("ledger.jsonl", "update"),
         ("ledger.jsonl", "undo"),
         ("delta/delta.json", "ask"),
-        ("delta/delta.json", "show"),
+        ("where.json", "show"),
         ("delta/00001.safetensors", "ask"),
         ("delta/00001.safetensors", "update"),
         ("delta/00001.safetensors", "export"),

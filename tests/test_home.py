@@ -371,6 +371,73 @@ def test_a_method_that_goes_wrong_is_refused_leaving_nothing(
     assert not (home.folder / "updates").exists()
 
 
+@dataclass(frozen=True)
+class Talking(Nudge):
+    """A method that says something about its delta."""
+
+    def delta(self, model, edits):
+        delta = super().delta(model, edits)
+        delta.provenance.update(self.extra)
+        return delta
+
+
+def test_what_a_method_says_is_kept_beside_its_delta(home, worlds):
+    sentences = ["2 rounds.", "Nothing fell back."]
+    notes = {"sentences": sentences, "rounds": 2, "epochs": [3, 4]}
+    update = home.update(worlds().edits[:1], Talking(extra={"notes": notes}))
+    stored = json.loads((update.folder / "scores.json").read_text("utf-8"))
+    assert update.notes == update.as_json()["notes"] == stored["notes"] == notes
+    assert home.show(update.id)["notes"] == notes
+    line = dict(home.ledger.entry(update.id))
+    del line["method"]  # which, in this test, has the notes among its settings
+    assert "rounds." not in json.dumps(line), "the ledger is kept small"
+    silent = home.update(worlds().edits[1:2], Nudge())
+    assert silent.notes == home.show(silent.id)["notes"] == {}
+
+
+def test_notes_survive_an_update_that_is_dropped(home, worlds):
+    method = Talking(extra={"notes": {"sentences": ["3 rounds."]}})
+    with pytest.raises(RequirementNotMet) as missed:
+        home.update(worlds().edits[:1], method, require=["perplexity_ratio<0.01"])
+    assert missed.value.update.notes == {"sentences": ["3 rounds."]}
+
+
+FACTS = {"mean": 1.0, "squared_norm": 1.0, "changed": 1, "size": 1}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"notes": "three rounds"},
+        {"notes": ["three rounds"]},
+        {"notes": {"sentences": "three rounds"}},
+        {"notes": {"sentences": [3]}},
+        {"notes": {"sentences": ["\udcff"]}},
+        {"notes": {"rounds": float("nan")}},
+        {"notes": {"rounds": Path()}},
+        {"parts": ["old"]},
+        {"parts": {"old": {"a.weight": 1.0}}},
+        {"parts": {"old": {"a.weight": {**FACTS, "mean": None}}}},
+        {"parts": {"old": {"a.weight": {**FACTS, "mean": float("inf")}}}},
+        {"parts": {"old": {"a.weight": {**FACTS, "size": -1}}}},
+    ],
+    ids=str,
+)
+def test_what_cannot_be_kept_is_refused_leaving_nothing(home, worlds, snapshot, said):
+    @dataclass(frozen=True)
+    class Mumbling(Nudge):
+        def delta(self, model, edits):
+            delta = super().delta(model, edits)
+            delta.provenance.update(said)
+            return delta
+
+    before = snapshot(home.folder)
+    with pytest.raises(BadSetting, match=r"provenance\['notes'\] must be"):
+        home.update(worlds().edits[:1], Mumbling())
+    assert snapshot(home.folder) == before
+    assert not (home.folder / "updates").exists()
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -477,6 +544,7 @@ def test_what_the_update_says_of_its_delta_is_true(done):
         "before.jsonl",
         "after.jsonl",
         "scores.json",
+        "where.json",
         "method.json",
         "environment.json",
         "delta/delta.json",

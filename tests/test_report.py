@@ -23,11 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unwrite import report as reporting
+from unwrite import where
 from unwrite.errors import BadSetting, DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json, write_jsonl
 from unwrite.ledger import Ledger
-from unwrite.report import Answer, answers, heat_map, percent, plain, render, write_report
+from unwrite.report import Answer, answers, heat_map, plain, render, whereabouts, write_report
 from unwrite.scores import ROLES, as_json, score
+from unwrite.where import located, percent
 
 SIGNED = {"at": "2026-11-21T09:40:24Z", "by": "ada", "unwrite": "0.1.0"}
 KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norm")
@@ -71,12 +73,13 @@ def facts(count: int, wrong: int = 0, moved: int = 0) -> tuple[list[Any], list[A
 
 def shares(blocks: int = 3) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors of a delta and the places of the model: two tensors changed, one in no block."""
+    known = {"size": 4, "squared_norm": 100.0}
     places = {
-        f"layers.{block}.{kind}": {"block": block, "kind": kind}
+        f"layers.{block}.{kind}": {"block": block, "kind": kind, **known}
         for block in range(blocks)
         for kind in KINDS
     }
-    places["embed"] = {"block": None, "kind": "embedding"}
+    places["embed"] = {"block": None, "kind": "embedding", **known}
     fact = {"encoding": "dense", "shape": [2, 2], "changed": 4, "bytes": 16}
     tensors = {
         "layers.1.down": {**fact, "squared_norm": 0.75},
@@ -94,6 +97,8 @@ def make_home(
     command: str = "unwrite update HOME EDITS",
     tensors: Mapping[str, Any] | None = None,
     places: Mapping[str, Any] | None = None,
+    parts: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """A home with one update for each pair of observations; those at the indices ``undone`` are
     undone at the end. ``leave_out`` names files and ledger fields that are not recorded."""
@@ -130,11 +135,16 @@ def make_home(
         }
         seconds = {"train": 1.0, "arithmetic": 0.25, "observe": 2.0}
         environment = {"python": "3.11.7", "packages": {"torch": "2.13.0"}, "command": command}
-        write_json(place / "scores.json", {**entry, "seconds": seconds})
+        result = {**entry, "seconds": seconds, "notes": {"sentences": list(notes), "rounds": 3}}
+        write_json(place / "scores.json", result)
         write_jsonl(place / "before.jsonl", before)
         write_jsonl(place / "after.jsonl", after)
         write_json(place / "environment.json", environment)
-        write_json(place / "delta/delta.json", {"tensors": tensors or standard_tensors})
+        changed = tensors or standard_tensors
+        write_json(place / "delta/delta.json", {"tensors": changed})
+        measured = {name: {**facts, "mean": 0.25} for name, facts in changed.items()}
+        regions = located(measured, parts or {}, places or standard_places)
+        write_json(place / "where.json", regions)
         for missing in leave_out:
             if entry.pop(missing, None) is None:
                 (place / missing).unlink()
@@ -299,9 +309,14 @@ def test_without_probes_a_score_is_a_dash(tmp_path):
         ["before.jsonl", "after.jsonl"],
         ["environment.json"],
         ["delta/delta.json"],
+        ["where.json"],
+        ["where.json", "delta/delta.json"],
         ["perplexity", "delta", "why"],
         ["scores", "scores.json"],
-        ["scores.json", "before.jsonl", "after.jsonl", "environment.json", "delta/delta.json"],
+        [
+            *("scores.json", "before.jsonl", "after.jsonl", "environment.json", "where.json"),
+            "delta/delta.json",
+        ],
     ],
 )
 def test_what_was_not_recorded_is_left_out(tmp_path, missing):
@@ -370,7 +385,9 @@ def test_the_worst_home_stays_below_three_megabytes(tmp_path):
         why="'" * 3000,
         command="&" * 10_000,
         places=places,
-        tensors={name: {"squared_norm": 1.0} for name in places},
+        tensors={name: {"squared_norm": 1.0, "changed": 4, "size": 4} for name in places},
+        parts={part: {name: probe(name)[name] for name in places} for part in ("old", "new")},
+        notes=["&" * 1000] * 50,
     )
     page = render(home)
     assert 1_500_000 < len(page.encode("utf-8")) < 3_000_000
@@ -394,12 +411,14 @@ def tags_of(page: Page) -> list[str]:
 
 def hostile_home(folder: Path, text: str) -> Path:
     before, after = facts(2, wrong=1)
-    for rows in (before, after):
-        rows[0] |= {"prompt": text, "target": f"{text}!"}
+    for seen in (before, after):
+        seen[0] |= {"prompt": text, "target": f"{text}!"}
     for one in after:
         if one["role"] == "locality":
             one["text"] = text
-    return make_home(folder, [(before, after)], why=text, command=text)
+    parts = {text: {"embed": {"mean": 0.5, "squared_norm": 1.0, "changed": 4, "size": 4}}}
+    updates = [(before, after)]
+    return make_home(folder, updates, why=text, command=text, parts=parts, notes=[text])
 
 
 def test_hostile_text_appears_as_text(tmp_path):
@@ -481,7 +500,7 @@ def test_nothing_is_requested_and_nothing_foreign_runs(tmp_path):
 
 
 def test_heat_map_shares():
-    heat = heat_map(*shares())
+    heat = heat_map(where.rows(*shares()))
     assert heat is not None
     assert heat.kinds == ["embedding", *KINDS]
     assert [label for label, _, _ in heat.rows] == ["0", "1", "2", "outside"]
@@ -500,7 +519,10 @@ def test_heat_map_shares():
 def test_heat_map_is_a_division_of_one(norms):
     _, places = shares()
     names = [*places, "unknown"]
-    heat = heat_map({names[n]: {"squared_norm": norm} for n, norm in enumerate(norms)}, places)
+    tensors = {
+        names[n]: {"squared_norm": norm, "changed": 1, "size": 1} for n, norm in enumerate(norms)
+    }
+    heat = heat_map(where.rows(tensors, places))
     if heat is None:
         assert sum(norms) == 0
         return
@@ -508,12 +530,77 @@ def test_heat_map_is_a_division_of_one(norms):
     assert sum(share for share, _ in cells) == pytest.approx(1)
     assert sum(heat.totals) == pytest.approx(1)
     assert {shade for _, shade in cells} <= set(range(reporting.SHADES + 1))
-    assert all((shade == 0) == (share == 0) for share, shade in cells)
+    assert all(shade > 0 for share, shade in cells if share > 0)
+    assert all(share == 0 for share, shade in cells if shade == 0)
 
 
 def test_nothing_changed_has_no_heat_map():
-    assert heat_map({}, shares()[1]) is None
-    assert heat_map({"embed": {"squared_norm": 0.0}}, {}) is None
+    assert heat_map(where.rows({}, shares()[1])) is None
+    assert whereabouts(located({}, {}, shares()[1])) is None
+    still = {"embed": {"squared_norm": 0.0, "changed": 0, "size": 4}}
+    assert heat_map(where.rows(still, {})) is None
+
+
+def probe(name: str, mean: float = 0.5) -> dict[str, Any]:
+    return {name: {"mean": mean, "squared_norm": 4 * mean * mean, "changed": 4, "size": 4}}
+
+
+def test_every_delta_has_its_measures_and_its_map(tmp_path):
+    parts = {"old": probe("layers.0.q"), "new": probe("layers.2.up")}
+    text = render(make_home(tmp_path / "home", [facts(2)], parts=parts))
+    page = Page(text)
+    assert "MLP projections hold 75\u00a0% of the core's squared norm, embeddings" in page.text
+    kinds = {cells[0]: cells[1:] for cells in page.rows if len(cells) == 13}
+    assert list(kinds) == ["embedding", *KINDS]
+    empty = ["0\u00a0%", "0\u00a0%", "0\u00a0%"]
+    # 12 weights, of which 4 move by 0.5 in "new"; the norm of the base's weights is sqrt(300).
+    assert kinds["up"] == [
+        *("0\u00a0%", "100\u00a0%", "0\u00a0%"),
+        *("0", "1.7e-1", "0"),
+        *("0\u00a0%", "5.8\u00a0%", "0\u00a0%"),
+        *("0\u00a0%", "33\u00a0%", "0\u00a0%"),
+    ]
+    assert kinds["down"][0:3] == ["0\u00a0%", "0\u00a0%", "75\u00a0%"]
+    assert kinds["norm"] == [*empty, "0", "0", "0", *empty, *empty]
+    radios = [one for one in page.all("input") if one.get("type") == "radio"]
+    assert len(radios) == 3
+    assert ["checked" in one for one in radios] == [True, False, False]
+    captions = [f"squared norm of the {name} of u-00000000" for name in ("core", "old", "new")]
+    assert [caption in page.text for caption in captions] == [True] * 3
+    places = [page.text.index(caption) for caption in captions]
+    assert places == sorted(places), "the committed one first"
+
+
+def test_of_many_deltas_the_first_two_are_shown(tmp_path):
+    parts = {f"part {n}": probe("embed") for n in range(5)}
+    page = page_of(make_home(tmp_path / "home", [facts(2)], parts=parts))
+    maps = [name for name in (*parts, "core") if f"norm of the {name} of u-00000000" in page.text]
+    assert maps == ["part 0", "part 1", "core"]
+    assert "3 more deltas of this method" in page.text
+
+
+def test_a_single_delta_needs_no_choice(tmp_path):
+    page = page_of(make_home(tmp_path / "home", [facts(2)]))
+    assert "of the change's squared norm" in page.text
+    assert not [one for one in page.all("input") if one.get("type") == "radio"]
+    assert not page.all("fieldset")
+    assert {cells[0] for cells in page.rows if len(cells) == 5} == {"kind", "embedding", *KINDS}
+
+
+def test_without_means_the_rest_is_told(tmp_path):
+    """An update of an early version has no where.json."""
+    page = page_of(make_home(tmp_path / "home", [facts(2)], leave_out=["where.json"]))
+    kinds = {cells[0]: cells[1:] for cells in page.rows if len(cells) == 5}
+    assert kinds["down"] == ["75\u00a0%", "–", "5\u00a0%", "33\u00a0%"]
+
+
+def test_notes_of_a_method_are_shown_and_cut(tmp_path):
+    said = ["It fell back twice.", "W" * 1000, *(f"Round {n}." for n in range(30))]
+    text = render(make_home(tmp_path / "home", [facts(2)], notes=said))
+    assert "<p>It fell back twice.</p>" in text
+    assert "W" * (reporting.NOTE - 1) + "…" in text
+    assert "W" * reporting.NOTE not in text
+    assert "12 more: <code>unwrite show HOME u-00000000</code>" in text
 
 
 # A reader that changes nothing --------------------------------------------------------------------
@@ -555,7 +642,11 @@ def test_only_a_home_has_a_report(tmp_path, there):
 
 
 @pytest.mark.parametrize(
-    "name", ["before.jsonl", "after.jsonl", "scores.json", "environment.json", "delta/delta.json"]
+    "name",
+    [
+        *("before.jsonl", "after.jsonl", "scores.json", "where.json", "environment.json"),
+        "delta/delta.json",
+    ],
 )
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_numbers_that_were_edited_are_not_shown(tmp_path, name, damage):

@@ -1,17 +1,22 @@
 """What a home was made from: which files, which tensors, which bits.
 
-A home does not copy its base. It records the base's files and the hash of every tensor once
-(``base.json``), notices when they change, and recomposes every later state from them.
+A home does not copy its base. It records the base's files and the hash and norm of every tensor
+once (``base.json``), notices when they change, and recomposes every later state from them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
+from unwrite.change import Dense
 from unwrite.delta import Delta, compose
 from unwrite.errors import DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json
@@ -19,7 +24,8 @@ from unwrite.model import Skeleton
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter
 from unwrite.tensorfile import tensor_sha256
-from unwrite.weights import Weights, fingerprint_of, tensor_hashes
+from unwrite.weights import Weights, fingerprint_of
+from unwrite.where import located
 
 FORMAT = 1
 NAME = "base.json"
@@ -28,8 +34,9 @@ NAME = "base.json"
 @dataclass(frozen=True)
 class Base:
     """The recorded identity of a base. ``tensors``: hash by tensor name; ``files``: size, time of
-    change and hash by file name; ``aliases``: further names of tied tensors; ``places``: block and
-    module kind of each tensor; ``dtype`` that of the weights."""
+    change and hash by file name; ``aliases``: further names of tied tensors; ``places``: block,
+    module kind, size and squared norm of each tensor (homes made by early versions lack the last
+    two); ``dtype`` that of the weights."""
 
     name: str
     kind: Literal["folder", "built-in", "hub"]
@@ -46,15 +53,22 @@ class Base:
 
     @classmethod
     def describe(cls, source: Source, *, trust_remote_code: bool = False) -> Base:
-        """Read a base once, whole; holds one tensor at a time.
+        """Read a base once, whole. Two threads hash and measure: holds two tensors, in fp32.
 
         Raises ``ModelUnavailable`` if it is not a decoder that can be changed.
         """
         skeleton = Skeleton.of(source, trust_remote_code=trust_remote_code)
         with Weights.from_folder(source.folder) as weights:
-            tensors = tensor_hashes(weights)
+
+            def measure(name: str) -> tuple[str, float | None]:
+                tensor = weights[name]
+                return tensor_sha256(tensor), _squared_norm(tensor)
+
+            with ThreadPoolExecutor(2, thread_name_prefix="measure") as threads:
+                measured = dict(zip(weights, threads.map(measure, weights), strict=True))
+            tensors = {name: digest for name, (digest, _) in measured.items()}
+            sizes = {name: weights.parameters(name) for name in skeleton.names}
             dtypes = {str(weights.dtype(name)).removeprefix("torch.") for name in skeleton.names}
-            parameters = sum(weights.parameters(name) for name in skeleton.names)
         anatomy = skeleton.anatomy
         return cls(
             name=source.name,
@@ -62,11 +76,16 @@ class Base:
             revision=source.revision,
             folder=str(source.folder.resolve()),
             dtype=" and ".join(sorted(dtypes)),
-            parameters=parameters,
+            parameters=sum(sizes.values()),
             fingerprint=fingerprint_of(tensors),
             aliases=skeleton.aliases,
             places={
-                file: {"block": anatomy.block_of(name), "kind": anatomy.kind(name)}
+                file: {
+                    "block": anatomy.block_of(name),
+                    "kind": anatomy.kind(name),
+                    "size": sizes[file],
+                    "squared_norm": measured[file][1],
+                }
                 for file, name in skeleton.names.items()
             },
             files={
@@ -153,28 +172,27 @@ class Base:
                     hashes[name] = tensor_sha256(compose(weights, deltas, known))
         return fingerprint_of(hashes)
 
-    def where(self, delta: Delta) -> list[dict[str, Any]]:
-        """Where a change lives: one row per block and module kind, blocks in order, ``{block, kind,
-        share, root_mean_square, changed}`` with ``share`` of the squared norm (they sum to 1)."""
-        rows: dict[tuple[int | None, str], list[float]] = {}
-        for name, facts in delta.facts().items():
-            place = self.places.get(name, {"block": None, "kind": "other"})
-            row = rows.setdefault((place["block"], place["kind"]), [0.0, 0, 0])
-            for index, value in enumerate((facts.squared_norm, facts.changed, facts.size)):
-                row[index] += value
-        total = sum(squared for squared, _, _ in rows.values()) or 1.0
-        return [
-            {
-                "block": block,
-                "kind": kind,
-                "share": squared / total,
-                "root_mean_square": (squared / max(size, 1)) ** 0.5,
-                "changed": int(changed),
+    def where(self, delta: Delta) -> dict[str, Any]:
+        """Where a change lives, and where its ``parts`` do: see ``where.located``. Computes the
+        delta once, for the means; holds one change."""
+        tensors = {
+            name: {
+                "mean": delta[name].mean_magnitude,
+                "squared_norm": facts.squared_norm,
+                "changed": facts.changed,
+                "size": facts.size,
             }
-            for (block, kind), (squared, changed, size) in sorted(
-                rows.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
-            )
-        ]
+            for name, facts in delta.facts().items()
+        }
+        return located(tensors, delta.provenance.get("parts", {}), self.places)
+
+
+def _squared_norm(tensor: torch.Tensor) -> float | None:
+    """In float64. None for what is not of floating-point numbers, or holds one that is none."""
+    if not tensor.is_floating_point():
+        return None
+    squared = Dense(tensor.float()).squared_norm
+    return squared if math.isfinite(squared) else None  # infinity is not JSON
 
 
 def _belongs(name: str) -> bool:

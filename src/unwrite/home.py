@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from unwrite import base as bases
-from unwrite import methods, record
+from unwrite import methods, record, where
 from unwrite import scores as scoring
 from unwrite.base import Base
 from unwrite.delta import Delta
@@ -252,6 +252,7 @@ class Home:
             perplexity_before = perplexity(model)
         with clock.of("train"):
             delta = method.delta(model, edits)
+        notes = record.notes_of(delta)
         settings = methods.settings_of(method)
         name = record.identity(ledger, settings, edits)
         folder = self.folder / UPDATES / name
@@ -277,6 +278,7 @@ class Home:
                 deltas = [*self.deltas(live), stored]
                 model.become(deltas)
                 fingerprint = self.base.fingerprint_with(self.source.folder, deltas)
+                located = self.base.where(stored)
             with clock.of("observe"):
                 after = observe(model, probes)
                 perplexity_after = perplexity(model)
@@ -297,9 +299,10 @@ class Home:
                 summary=stored.summary().as_json(self.base.parameters),
                 fingerprint=fingerprint,
                 folder=folder,
+                notes=notes,
             )
             _check_met(update, requirements)
-            files = record.write_files(folder, edits, before, after, update, command)
+            files = record.write_files(folder, edits, before, after, update, located, command)
             sync_folder(folder)
             sync_folder(folder.parent)
             with _uninterrupted():
@@ -392,17 +395,33 @@ class Home:
         ]
 
     def show(self, update: str) -> dict[str, Any]:
-        """One update: its ledger entry, whether it is live, its environment, and ``where`` its
-        change lives (see ``Base.where``)."""
+        """One update: its ledger entry, whether it is live, the ``notes`` of its method, its
+        environment, and where its change lives.
+
+        ``where`` and ``parts`` are those of where.json: rows by block and kind (see the module
+        ``where``) of the update's own delta and of those that its method made on the way. ``kinds``
+        are the same added up over the blocks, by name of the delta, and ``reading`` is the most
+        important of it in one sentence. Reads no tensors.
+        """
         ledger = self.ledger
         entry = ledger.entry(update)
-        delta = Delta.open(self._file(entry, "delta/delta.json").parent)
+        located = self._where(entry)
         return {
             **entry,
             "live": update in ledger.live(),
+            "notes": read_json(self._file(entry, "scores.json")).get("notes", {}),
             "environment": read_json(self._file(entry, "environment.json")),
-            "where": self.base.where(delta),
+            **located,
+            "kinds": {name: where.by_kind(rows) for name, rows in where.named(located).items()},
+            "reading": where.reading(located["where"], where.own_name(located)),
         }
+
+    def _where(self, entry: Entry) -> dict[str, Any]:
+        if "where.json" in entry["files"]:
+            return dict(read_json(self._file(entry, "where.json")))
+        return where.of_description(
+            read_json(self._file(entry, "delta/delta.json")), self.base.places
+        )
 
     def diff(self, update: str, other: str | None = None) -> list[dict[str, Any]]:
         """What the model said, prompt by prompt.
@@ -491,20 +510,22 @@ class Home:
 
     def export(self, folder: str | Path, as_: str = "model") -> Path:
         """Write the current state as an ordinary Hugging Face folder (``"model"``), or all live
-        changes as one ``"delta"``. Streams by tensor; the folder appears whole or not at all.
+        changes as one ``"delta"`` or one LoRA ``"adapter"`` for peft. Streams by tensor (an adapter
+        is held whole); the folder appears whole or not at all.
 
         Raises ``HomeError`` when the folder exists and is not empty, or for ``"adapter"`` when a
-        live change is not of low rank.
+        live change is not of low rank, or not of the weight of a projection.
         """
         live = self.ledger.live()
         return export_state(
             user_path(folder),
             as_,
             self.base,
-            self.source.folder,
+            self.source,
             live,
             self.deltas(live),
             self.progress,
+            trust_remote_code=self._trust_remote_code,
         )
 
     def _file(self, entry: Entry, name: str) -> Path:

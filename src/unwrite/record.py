@@ -23,6 +23,7 @@ from unwrite.errors import BadSetting
 from unwrite.files import sha256_bytes, sha256_file, write_json, write_jsonl
 from unwrite.ledger import Entry, Ledger
 from unwrite.scores import Row, Score, Scores
+from unwrite.where import is_measured
 
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
@@ -43,6 +44,7 @@ class Update:
     fingerprint: str
     folder: Path
     unmet: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)  # what the method says about its delta
 
     @property
     def scores(self) -> Scores:
@@ -76,6 +78,7 @@ class Update:
             "delta": self.summary,
             "fingerprint": self.fingerprint,
             "unmet": list(self.unmet),
+            "notes": self.notes,
         }
 
 
@@ -100,20 +103,53 @@ def identity(ledger: Ledger, settings: Mapping[str, Any], edits: Sequence[Edit])
     return "u-" + sha256_bytes(json.dumps(content).encode())[:8]
 
 
+def notes_of(delta: Delta) -> dict[str, Any]:
+    """What a method says about its delta, for people and records: ``provenance["notes"]``.
+
+    Raises ``BadSetting`` unless these and ``provenance["parts"]`` are of the form that authors of
+    methods agreed to, so that no record holds what cannot be shown.
+    """
+    notes, parts = (delta.provenance.get(name, {}) for name in ("notes", "parts"))
+    try:
+        json.dumps([notes, parts], allow_nan=False, ensure_ascii=False).encode()
+        kept: dict[str, Any] = json.loads(json.dumps(notes))  # as it will be read again
+        sentences = kept.get("sentences", [])
+        sound = (
+            isinstance(sentences, list)
+            and all(isinstance(one, str) for one in sentences)
+            and all(is_measured(facts) for part in parts.values() for facts in part.values())
+        )
+    except (TypeError, ValueError, AttributeError):
+        sound = False
+    if not sound:
+        raise BadSetting(
+            "What this method says about its delta cannot be kept: provenance['notes'] must be a "
+            "JSON object whose 'sentences' are a list of texts, and provenance['parts'] give the "
+            "numbers mean, squared_norm, changed and size of each tensor of each part."
+        )
+    return kept
+
+
 def write_files(
     folder: Path,
     edits: Sequence[Edit],
     before: Sequence[Row],
     after: Sequence[Row],
     update: Update,
+    where: Mapping[str, Any],
     command: str,
 ) -> dict[str, str]:
     """Write everything of an update but its delta. Returns the hash of every file, ``delta.json``
-    included, which in turn carries the hash of every tensor."""
+    included, which in turn carries the hash of every tensor.
+
+    ``where``: where the change lives, of ``Base.where``. It is kept because its means cannot be had
+    without reading the whole delta, and reports never read tensors.
+    """
     write_edits(folder / "edits.jsonl", edits)
     write_jsonl(folder / "before.jsonl", [dict(row) for row in before])
     write_jsonl(folder / "after.jsonl", [dict(row) for row in after])
     write_json(folder / "scores.json", update.as_json())
+    write_json(folder / "where.json", where)
     write_json(folder / "method.json", update.method)
     write_json(folder / "environment.json", environment(command))
     names = (
@@ -121,6 +157,7 @@ def write_files(
         "before.jsonl",
         "after.jsonl",
         "scores.json",
+        "where.json",
         "method.json",
         "environment.json",
         "delta/delta.json",

@@ -17,7 +17,7 @@ import json
 import math
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -27,10 +27,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import escape
 
-from unwrite import files
+from unwrite import files, where
 from unwrite.errors import BadSetting, DamagedFile, HomeError
 from unwrite.ledger import Entry, Ledger
 from unwrite.scores import ROLES, Row, Score, answer_in, from_json, says
+from unwrite.where import percent
 
 # What keeps the page below 3 MB, whatever is in the home. Left out are the oldest updates and the
 # answers that are as wanted, and the page says how many.
@@ -39,9 +40,10 @@ LINES = 300  # of the time line
 ROWS = 400  # of one update's knowledge diff
 ROW_BYTES = 1_000_000  # of all knowledge diffs together
 PROMPT, ANSWER = 300, 200  # characters shown of a question and of an answer
+PARTS = 2  # deltas mapped that a method made on the way to its own
+NOTES, NOTE = 20, 600  # sentences of a method on its own work, and characters of one
 
 SHOWN = ("reliability", "generality", "portability", "locality")  # the diff's roles, in order
-KINDS = ("embedding", "q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down", "norm", "head")
 SHADES = 9  # steps of the heat map's colour
 
 
@@ -73,9 +75,10 @@ class Group:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Where a change lives: shares of its squared norm, a row for each block and a column for each
+    """Where a delta lives: shares of its squared norm, a row for each block and a column for each
     module kind. Cells are (share, shade from 0 to ``SHADES``), or None where there is no tensor."""
 
+    name: str
     kinds: Sequence[str]
     rows: Sequence[tuple[str, Sequence[tuple[float, int] | None], float]]
     totals: Sequence[float]
@@ -118,8 +121,9 @@ def render(home_folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in (percent, tenths, number, settings, security_hash, files.readable_size):
-        jinja.filters[name.__name__] = name
+    shown_by = (percent, tenths, number, tiny, two_digits, settings, security_hash)
+    for function in (*shown_by, files.readable_size):
+        jinja.filters[function.__name__] = function
     template = resources.files("unwrite").joinpath("report.html.jinja").read_text("utf-8")
     return jinja.from_string(template).render(
         name=home_folder.resolve().name,
@@ -207,39 +211,54 @@ def answers(before: Sequence[Row], after: Sequence[Row]) -> list[Answer]:
     return sorted(found, key=lambda answer: SHOWN.index(answer.role))
 
 
-def heat_map(
-    tensors: Mapping[str, Mapping[str, Any]], places: Mapping[str, Mapping[str, Any]]
-) -> HeatMap | None:
-    """From the ``tensors`` of delta.json and ``places`` of base.json; None if nothing changed."""
-    sums: dict[tuple[int | None, str], float] = defaultdict(float)
-    sums.update({(place["block"], place["kind"]): 0.0 for place in places.values()})
-    for name, facts in tensors.items():
-        place = places.get(name, {"block": None, "kind": "other"})
-        sums[place["block"], place["kind"]] += facts["squared_norm"]
-    total, largest = math.fsum(sums.values()), max(sums.values(), default=0.0)
-    if not total > 0.0:
+def whereabouts(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the page says of a where.json: a sentence, a table by kind and a heat map by delta, the
+    update's own first; None if nothing changed. ``kinds``: for each kind, its row of each of the
+    ``deltas``, or None where a delta has no such kind."""
+    parts = dict(list(found["parts"].items())[:PARTS])
+    deltas = where.named({**found, "parts": parts})
+    by_kind = {
+        name: {row["kind"]: row for row in where.by_kind(rows)} for name, rows in deltas.items()
+    }
+    kinds = sorted({kind for one in by_kind.values() for kind in one}, key=where.in_order)
+    own = where.own_name(found)
+    maps = [heat_map(deltas[name], name) for name in (own, *parts)]
+    if not any(maps):
         return None
-    present = {kind for _, kind in sums}
-    kinds = [kind for kind in KINDS if kind in present] + sorted(present.difference(KINDS))
-    blocks = sorted({block for block, _ in sums}, key=lambda block: (block is None, block or 0))
-    rows = []
-    for block in blocks:
+    return {
+        "reading": where.reading(found["where"], own),
+        "deltas": list(deltas),
+        "kinds": [(kind, [by_kind[name].get(kind) for name in deltas]) for kind in kinds],
+        "maps": [one for one in maps if one],
+        "more": len(found["parts"]) - len(parts),
+    }
+
+
+def heat_map(rows: Sequence[where.Row], name: str = "change") -> HeatMap | None:
+    """From the rows of one delta in where.json; None if nothing changed."""
+    shares = {(row["block"], row["kind"]): row["share"] for row in rows}
+    largest = max(shares.values(), default=0.0)
+    if not largest > 0.0:
+        return None
+    kinds = sorted({kind for _, kind in shares}, key=where.in_order)
+    lines = []
+    for block in dict.fromkeys(row["block"] for row in rows):
         cells = [
-            (sums[block, kind] / total, math.ceil(SHADES * sums[block, kind] / largest))
-            if (block, kind) in sums
+            (shares[block, kind], math.ceil(SHADES * shares[block, kind] / largest))
+            if (block, kind) in shares
             else None
             for kind in kinds
         ]
         label = "outside" if block is None else str(block)
-        rows.append((label, cells, math.fsum(cell[0] for cell in cells if cell)))
-    columns = zip(*(cells for _, cells, _ in rows), strict=True)
+        lines.append((label, cells, math.fsum(cell[0] for cell in cells if cell)))
+    columns = zip(*(cells for _, cells, _ in lines), strict=True)
     totals = [math.fsum(cell[0] for cell in column if cell) for column in columns]
     heaviest = sorted(zip(totals, kinds, strict=True), reverse=True)[:3]
     parts = ", ".join(f"{kind} {percent(share)}" for share, kind in heaviest if share > 0)
-    label, _, share = max(rows, key=lambda row: row[2])
-    where = "outside the blocks" if label == "outside" else f"in block {label}"
-    summary = f"Mostly in {parts}. The largest part, {percent(share)}, lies {where}."
-    return HeatMap(kinds, rows, totals, summary)
+    label, _, share = max(lines, key=lambda line: line[2])
+    place = "outside the blocks" if label == "outside" else f"in block {label}"
+    summary = f"Mostly in {parts}. The largest part, {percent(share)}, lies {place}."
+    return HeatMap(name, kinds, lines, totals, summary)
 
 
 def _chapter(home: Path, entry: Entry, places: Mapping[str, Any], budget: int) -> dict[str, Any]:
@@ -248,17 +267,23 @@ def _chapter(home: Path, entry: Entry, places: Mapping[str, Any], budget: int) -
         raise DamagedFile(f"The ledger names an update {entry['id']!r}, which is not an id.")
     folder, hashes = home / "updates" / entry["id"], entry.get("files", {})
     result = _read(folder, "scores.json", hashes) or entry
+    notes = (result.get("notes") or {}).get("sentences", [])
     before, after = (
         from_json(result.get("scores", {}).get(when, {})) for when in ("before", "after")
     )
     rows = [_read(folder, f"{when}.jsonl", hashes) or [] for when in ("before", "after")]
-    delta, none = _read(folder, "delta/delta.json", hashes), Score(None, None, 0)
+    none = Score(None, None, 0)
+    found, delta = (_read(folder, name, hashes) for name in ("where.json", "delta/delta.json"))
+    if not found and delta:  # of an early version
+        found = where.of_description(delta, places)
     return {
         "entry": entry,
         "scores": [(role, before.get(role, none), after.get(role, none)) for role in ROLES],
         "seconds": result.get("seconds") or {},
+        "notes": [plain(sentence, NOTE) for sentence in notes[:NOTES]],
+        "more_notes": max(len(notes) - NOTES, 0),
         "groups": _grouped(answers(*rows), budget),
-        "heat": heat_map(delta["tensors"], places) if delta else None,
+        "where": whereabouts(found) if found else None,
         "environment": _read(folder, "environment.json", hashes),
     }
 
@@ -332,16 +357,6 @@ def _visible(character: str) -> str:
     return f"[U+{ord(character):04X}]" if hidden else character
 
 
-def percent(share: float | None) -> str:
-    """``0.97`` as ``97 %``; never rounded up to all or down to nothing."""
-    if share is None:
-        return "–"
-    for text in (f"{100 * share:.0f}", f"{100 * share:.1f}"):
-        if share in (0.0, 1.0) or float(text) not in (0.0, 100.0):
-            return f"{text}\u00a0%"
-    return "<0.1\u00a0%" if share < 0.5 else ">99.9\u00a0%"
-
-
 def tenths(share: float) -> str:
     """A share in percent for a crowded table: ``12.3``, and ``0`` only for nothing at all."""
     return "0" if share == 0 else "<0.1" if share < 0.0005 else f"{100 * share:.1f}"
@@ -350,6 +365,21 @@ def tenths(share: float) -> str:
 def number(value: float | None) -> str:
     """A quantity such as a perplexity, in a readable number of digits."""
     return "–" if value is None else f"{value:,.1f}" if value < 1e6 else f"{value:.2e}"
+
+
+def tiny(value: float | None) -> str:
+    """A quantity of any size in two digits: ``1.3e-5``."""
+    if value is None:
+        return "–"
+    digits, _, power = f"{value:.1e}".partition("e")
+    return f"{digits}e{int(power)}" if value else "0"
+
+
+def two_digits(share: float | None) -> str:
+    """``0.00123`` as ``0.12 %``: for shares that are mostly small."""
+    if share is None or share >= 1:
+        return percent(share)
+    return "<0.001\u00a0%" if 0 < share < 1e-5 else f"{100 * share:.2g}\u00a0%"
 
 
 def settings(method: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
