@@ -265,6 +265,90 @@ def test_history_show_and_diff_agree_with_the_library(home, worlds):
     assert worlds().edits[0].new in text
 
 
+@pytest.fixture
+def method(monkeypatch):
+    """A method that the command knows by the name ``talking``, as an entry point would make it."""
+    from dataclasses import dataclass
+    from typing import ClassVar
+
+    import torch
+
+    from unwrite import methods
+    from unwrite.change import LowRank
+    from unwrite.delta import Delta
+
+    @dataclass(frozen=True)
+    class Talking:
+        """Moves one projection a little, and says so."""
+
+        name: ClassVar[str] = "talking"
+        paper: ClassVar[str] = "none"
+        advice: ClassVar[str] = "tests"
+
+        def delta(self, model, edits):
+            file = "model.layers.1.mlp.down_proj.weight"
+            rows, columns = model.weights.shape(file)
+            change = LowRank(torch.full((rows, 1), 0.01), torch.ones(1, columns))
+            size = rows * columns
+            old = {"mean": 0.02, "squared_norm": 4e-4 * size, "changed": size, "size": size}
+            said = {"sentences": ["Rounds: 3.", EVIL], "rounds": 3}
+            parts = {"old": {file: old}, "new": {}}
+            return Delta.from_changes({file: change}, {"notes": said, "parts": parts})
+
+    build = methods.build
+    monkeypatch.setattr(
+        methods,
+        "build",
+        lambda name, settings: Talking() if name == "talking" else build(name, settings),
+    )
+
+
+def test_update_and_show_tell_what_the_method_says(home, edits, method):
+    words = ("update", home, edits, "--limit", 1, "--method", "talking")
+    missed = run(*words, "--require", "perplexity_ratio<0.01", code=3)
+    assert "Rounds: 3.\n" in missed.stderr
+    done = run(*words)
+    assert "Rounds: 3.\n" in done.stderr
+    update = live(home)[-1]
+    facts = run_json("show", home, update)
+    assert facts["notes"]["rounds"] == 3
+    shown = run("show", home, update).stderr
+    assert "Rounds: 3.\n" in shown
+    assert not set(shown + done.stderr + missed.stderr) & set("\x1b\x07\x9b\u202e\u2066")
+
+
+def test_show_compares_the_deltas_of_a_method_by_kind(home, edits, method):
+    run("update", home, edits, "--limit", 1, "--method", "talking")
+    update = live(home)[-1]
+    shown = run("show", home, update).stderr
+    assert "MLP projections hold 100\u00a0% of the core's squared norm." in shown
+    lines = [line.split() for line in shown.splitlines()]
+    # Two blocks have a down projection each, and one of them moves by 0.01 (in "old" by 0.02).
+    first = next(n for n, line in enumerate(lines) if line[:2] == ["down", "old"])
+    old, new, core = lines[first][1:], lines[first + 1], lines[first + 2]
+    norms = [row["relative"] for row in run_json("show", home, update)["kinds"]["core"]]
+    (norm,) = [one for one in norms if one]
+    assert core == ["core", "100.0", "5.0e-03", f"{100 * norm:.2g}", "50.0"]
+    assert old == ["old", "100.0", "1.0e-02", f"{200 * norm:.2g}", "50.0"]
+    assert new == ["new", "0.0", "0.0e+00", "0", "0.0"]
+    assert ["1", "100.00"] in lines, "the grid of blocks and kinds"
+    whole = run("show", home, live(home)[0]).stderr
+    table = whole[whole.index("Where the change lives") :].splitlines()
+    kinds = [line.split()[0] for line in table if " change  " in line]
+    assert kinds == ["embedding", "q", "k", "v", "o", "gate", "up", "down", "norm"]
+    assert max(map(len, table)) < 80, "fits any terminal"
+
+
+def test_an_adapter_is_exported_where_the_changes_are_of_low_rank(home, edits, method, tmp_path):
+    for update in live(home):
+        run("undo", home, update, "--no-recheck")
+    run("update", home, edits, "--limit", 1, "--method", "talking")
+    done = run_json("export", home, tmp_path / "adapter", "--as", "adapter")
+    assert done == {"folder": str(tmp_path / "adapter"), "as": "adapter"}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text("utf-8"))
+    assert config["target_modules"] == ["model.layers.1.mlp.down_proj"]
+
+
 def test_undo_says_what_later_updates_still_do(home):
     first, second = live(home)
     done = run("undo", home, first, "--why", "wrong")

@@ -1,10 +1,13 @@
-"""The verbs of the library: ``open`` a home, ``load`` a model, ``evaluate`` either."""
+"""The verbs of the library: ``open`` a home, ``load`` a model, ``evaluate`` either, ``compare``
+methods and ``sweep`` the settings of one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from unwrite.comparison import compare as compare
+from unwrite.comparison import sweep as sweep
 from unwrite.edits import Edit
 from unwrite.home import Home, evaluate_model, is_home
 from unwrite.model import Model

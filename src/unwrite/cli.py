@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,10 +131,12 @@ def update(
             measured = error.update
             if measured is not None:
                 _show_scores(out, "Measured, not committed", measured.before, measured.after)
+                _say_notes(out, measured.notes)
                 out.result(measured.as_json())
                 out.as_json = False  # the one object has been printed
             raise
         _show_scores(out, f"{done.edits} edits by {done.method['name']}", done.before, done.after)
+        _say_notes(out, done.notes)
         _say_update(out, home, done)
         out.result(done.as_json())
 
@@ -216,6 +218,7 @@ def show(home: HomeArgument, update_id: IdArgument, as_json: Json = False) -> No
             f"{100 * facts['delta']['changed_fraction']:.1f} % of the weights, "
             f"{readable_size(facts['delta']['bytes'])}."
         )
+        _say_notes(out, facts["notes"])
         from unwrite.scores import from_json
 
         _show_scores(
@@ -224,7 +227,15 @@ def show(home: HomeArgument, update_id: IdArgument, as_json: Json = False) -> No
             from_json(facts["scores"]["before"]),
             from_json(facts["scores"]["after"]),
         )
-        blocks, kinds, cells = _grid(facts["where"])
+        out.say(facts["reading"])
+        kinds = _moved_kinds(facts["kinds"])
+        out.table(
+            "Where the change lives, by kind of module (share: of the squared norm)",
+            ("kind", "of", "share, %", "mean |change|", "relative norm, %", "moved, %"),
+            _kind_rows(facts["kinds"], kinds),
+            numbers=4,
+        )
+        blocks, cells = _grid(facts["where"], kinds)
         out.table(
             "Where the change lives: share of its squared norm, in %",
             ("block", *kinds),
@@ -319,15 +330,159 @@ def export(
     as_: Annotated[
         str, typer.Option("--as", help="model, delta, or adapter (low-rank changes only).")
     ] = "model",
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Write the current state as an ordinary Hugging Face folder, or its changes as a delta."""
+    """Write the current state as a Hugging Face folder, or its changes as a delta or adapter."""
     with _verb(as_json) as out:
         if as_ not in ("model", "delta", "adapter"):
             raise BadSetting(f"--as must be model, delta or adapter, not {as_!r}.")
-        path = _open(home, None, False, out).export(folder, as_)
+        path = _open(home, None, trust_remote_code, out).export(folder, as_)
         out.data(str(path))
         out.result({"folder": str(path), "as": as_})
+
+
+EditSets = Annotated[
+    list[str],
+    typer.Option("--edits", help="A file of edits, or 'atlas'; may be repeated.", metavar="FILE"),
+]
+Run = Annotated[Path, typer.Option("--out", help="Folder of the comparison.", metavar="RUN")]
+Seeds = Annotated[str, typer.Option(help="Seeds, with commas.", metavar="N,...")]
+Sizes = Annotated[
+    str | None,
+    typer.Option("--limit", help="Use the first N records; several with commas.", metavar="N,..."),
+]
+Plant = Annotated[
+    bool,
+    typer.Option("--plant", help="Start from the model fine-tuned on the old answers (3 epochs)."),
+]
+PlantRate = Annotated[float, typer.Option("--plant-lr", help="Learning rate of planting.")]
+References = Annotated[
+    str,
+    typer.Option(
+        help="Rows beside the methods: all, none, or some of no-change, in-context, full-ft, "
+        "random-mask, random-delta, with commas."
+    ),
+]
+TokenOnly = Annotated[
+    bool, typer.Option("--token-only", help="Do not let the model answer freely: faster.")
+]
+ModeOption = Annotated[str, typer.Option(help="batch, sequential (with --chunk) or single.")]
+Chunk = Annotated[int | None, typer.Option(help="Edits in one sequential step.", min=1)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda; default: the GPU if there is one.")]
+
+
+@app.command()
+def compare(
+    base: Annotated[str, typer.Argument(help="The model to compare on.", metavar="BASE")],
+    edits: EditSets,
+    out_folder: Run,
+    names: Annotated[
+        str, typer.Option("--methods", help="Methods with commas, each NAME or NAME:KEY=VALUE:...")
+    ] = "",
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            help="A method with settings under a label of its own, e.g. "
+            "'small=delicate:top=0.05:tuner=lora:tuner.rank=8'. Settings are those of --set, "
+            "joined by colons; a value may have commas. May be repeated.",
+            metavar="LABEL=NAME:KEY=VALUE:...",
+        ),
+    ] = None,
+    seeds: Seeds = "0",
+    limit: Sizes = None,
+    offset: Offset = 0,
+    plant: Plant = False,
+    plant_lr: PlantRate = 1e-4,
+    only_known: OnlyKnown = False,
+    references: References = "all",
+    token_only: TokenOnly = False,
+    mode: ModeOption = "batch",
+    chunk: Chunk = None,
+    trust_remote_code: Trust = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Methods side by side on the same facts; goes on where it was interrupted.
+
+    RUN/table.md, table.csv and table.json are rewritten after every method. The same command again
+    computes only what is missing; more methods, seeds, limits and edit sets can be added.
+    """
+    with _verb(as_json, _RESUMABLE) as out:
+        from unwrite import api
+
+        chosen = [name.strip() for name in names.split(",") if name.strip()]
+        found = api.compare(
+            base,
+            edits,
+            [*chosen, *(variants or [])],
+            out_folder,
+            **_options(seeds, limit, references, mode),
+            offset=offset,
+            plant=plant,
+            plant_lr=plant_lr,
+            only_known=only_known,
+            exact=not token_only,
+            chunk=chunk,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=out,
+        )
+        _show_comparison(out, found)
+
+
+@app.command()
+def sweep(
+    base: Annotated[str, typer.Argument(help="The model to compare on.", metavar="BASE")],
+    edits: EditSets,
+    out_folder: Run,
+    method: Annotated[str, typer.Option("--method", "-m", help="See 'methods'.")],
+    over: Annotated[
+        list[str],
+        typer.Option(help="A field and its values; may be repeated.", metavar="KEY=VALUE,VALUE"),
+    ],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field that stays fixed.", metavar="KEY=VALUE"),
+    ] = None,
+    seeds: Seeds = "0",
+    limit: Sizes = None,
+    offset: Offset = 0,
+    plant: Plant = False,
+    plant_lr: PlantRate = 1e-4,
+    only_known: OnlyKnown = False,
+    references: References = "all",
+    token_only: TokenOnly = False,
+    mode: ModeOption = "batch",
+    chunk: Chunk = None,
+    trust_remote_code: Trust = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """One method over all combinations of some settings: trade-offs, with the Pareto front."""
+    with _verb(as_json, _RESUMABLE) as out:
+        from unwrite import api
+
+        found = api.sweep(
+            base,
+            edits,
+            method,
+            {key: _split(values) for key, values in _pairs(over, "--over").items()},
+            out_folder,
+            settings=_pairs(settings or []),
+            **_options(seeds, limit, references, mode),
+            offset=offset,
+            plant=plant,
+            plant_lr=plant_lr,
+            only_known=only_known,
+            exact=not token_only,
+            chunk=chunk,
+            trust_remote_code=trust_remote_code,
+            device=device,
+            progress=out,
+        )
+        _show_comparison(out, found)
 
 
 @app.command()
@@ -338,8 +493,14 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a home (default: HOME/report.html)."""
     with _verb(as_json) as out:
+        from unwrite.grid import is_run
         from unwrite.report import write_report
 
+        if is_run(home):
+            raise BadSetting(
+                f"{home} is a comparison, and pages are made of homes only. Read its tables, such "
+                f"as {home / 'table.md'}."
+            )
         path = write_report(home, out_file)
         out.data(str(path))
         out.result({"report": str(path)})
@@ -394,8 +555,12 @@ def main() -> None:
 # ---- shared by the verbs ---------------------------------------------------------------------
 
 
+_COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
+_RESUMABLE = "What is finished is kept; the same command goes on from there."
+
+
 @contextlib.contextmanager
-def _verb(as_json: bool) -> Iterator[Terminal]:
+def _verb(as_json: bool, interrupted: str = _COMMITTED) -> Iterator[Terminal]:
     """Errors for people end with their sentence and exit code, without a traceback."""
     out = Terminal(as_json)
     try:
@@ -406,7 +571,7 @@ def _verb(as_json: bool) -> Iterator[Terminal]:
         out.result({"error": str(error)})
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        out.fail("Interrupted. Nothing is half-done; 'unwrite history' shows what is committed.")
+        out.fail(f"Interrupted. {interrupted}")
         raise typer.Exit(130) from None
     except MemoryError:
         out.fail("The memory of this machine ran out; nothing was changed.")
@@ -442,16 +607,50 @@ def _known(facts: Edits, home: Home, out: Terminal) -> Edits:
     return known
 
 
-def _pairs(settings: list[str]) -> dict[str, str]:
+def _pairs(settings: list[str], option: str = "--set") -> dict[str, str]:
     pairs = {}
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals or not key:
-            raise BadSetting(f"--set takes KEY=VALUE, not {setting!r}.")
+            raise BadSetting(f"{option} takes KEY=VALUE, not {setting!r}.")
         if key in pairs:
-            raise BadSetting(f"--set {key} is given twice.")
+            raise BadSetting(f"{option} {key} is given twice.")
         pairs[key] = value
     return pairs
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _options(seeds: str, limit: str | None, references: str, mode: str) -> dict[str, Any]:
+    """Options of a comparison that are lists on the command line."""
+    from unwrite.reference import NAMES
+
+    known = {"all": list(NAMES), "none": []}
+    return {
+        "seeds": _numbers(seeds, "--seeds"),
+        "sizes": [None] if limit is None else _numbers(limit, "--limit"),
+        "references": known.get(references.strip(), _split(references)),
+        "mode": mode,
+    }
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(text)]
+    except ValueError:
+        raise BadSetting(f"{option} takes whole numbers with commas, not {text!r}.") from None
+
+
+def _show_comparison(out: Terminal, found: Any) -> None:
+    """The table for people on standard error, or all rows as JSON."""
+    for title, columns, rows in found.summaries():
+        out.table(title, columns, rows, numbers=len(columns) - 1)
+    for one in found.failed:
+        out.warn(f"{one['method']} on {one['edits']} failed: {one['error']}")
+    out.say(f"All figures, before and after, with intervals: {found.folder / 'table.md'}")
+    out.result({"run": str(found.folder), "rows": found.rows, "failed": found.failed})
 
 
 def _command() -> str:
@@ -499,6 +698,11 @@ def _say_update(out: Terminal, home: Path, done: Any) -> None:
     out.say(f"Committed as {done.id}. Undo with: unwrite undo {home} {done.id}")
 
 
+def _say_notes(out: Terminal, notes: dict[str, Any]) -> None:
+    for sentence in notes.get("sentences", []):
+        out.say(sentence)
+
+
 def _history_row(entry: dict[str, Any]) -> list[str]:
     if entry["do"] == "init":
         what, state, scores = f"made from {entry['base']['name']}", "", {}
@@ -524,9 +728,37 @@ def _history_row(entry: dict[str, Any]) -> list[str]:
     ]
 
 
-def _grid(where: list[dict[str, Any]]) -> tuple[list[str], list[str], dict[str, list[str]]]:
-    """Blocks, kinds and the table of shares between them (in percent, as text)."""
-    kinds = sorted({row["kind"] for row in where})
+def _moved_kinds(deltas: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The kinds of modules in which anything changes."""
+    from unwrite.where import in_order
+
+    return sorted(
+        {row["kind"] for rows in deltas.values() for row in rows if row["changed"]}, key=in_order
+    )
+
+
+def _kind_rows(deltas: dict[str, list[dict[str, Any]]], kinds: list[str]) -> list[list[str]]:
+    """For each kind of module a line on each delta."""
+    measures: dict[str, Callable[[float], str]] = {
+        "share": lambda value: f"{100 * value:.1f}",
+        "mean": lambda value: f"{value:.1e}",
+        "relative": lambda value: f"{100 * value:.2g}",
+        "selected": lambda value: f"{100 * value:.1f}",
+    }
+    lines = []
+    for kind in kinds:
+        label = kind
+        for name, rows in deltas.items():
+            row = next((row for row in rows if row["kind"] == kind), {})
+            values = {measure: row.get(measure) for measure in measures}
+            cells = ["-" if v is None else measures[measure](v) for measure, v in values.items()]
+            lines.append([label, name, *cells])
+            label = ""
+    return lines
+
+
+def _grid(where: list[dict[str, Any]], kinds: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Blocks, and for each its shares by kind (in percent, as text)."""
     blocks = list(dict.fromkeys(_block(row["block"]) for row in where))
     shares = {(_block(row["block"]), row["kind"]): row["share"] for row in where}
     cells = {
@@ -535,7 +767,7 @@ def _grid(where: list[dict[str, Any]]) -> tuple[list[str], list[str], dict[str, 
         ]
         for block in blocks
     }
-    return blocks, kinds, cells
+    return blocks, cells
 
 
 def _block(number: int | None) -> str:
