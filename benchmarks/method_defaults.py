@@ -59,19 +59,16 @@ GRIDS: dict[str, list[dict[str, str]]] = {
     "delicate": [
         {"top": top, "tuner.epochs": epochs, "tuner.lr": lr}
         for top, epochs, lr in (
-            ("1.0", "1", "1e-4"),
             ("1.0", "2", "1e-4"),
-            ("0.5", "2", "1e-4"),
-            ("0.2", "2", "1e-4"),
             ("1.0", "2", "5e-5"),
-            ("1.0", "3", "3e-5"),
-            ("0.2", "2", "3e-4"),
+            ("0.5", "2", "1e-4"),
+            ("0.2", "2", "2e-4"),
         )
     ]
     + [
         {"tuner": "lora", "tuner.lr": "1e-3", "tuner.epochs": "3", "tuner.until": "epochs"}
         | {"tuner.targets": targets}
-        for targets in ("q,v", "q,k,v,o,gate,up,down")
+        for targets in ("q,k,v,o,gate,up,down",)
     ],
 }
 

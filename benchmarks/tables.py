@@ -1,4 +1,4 @@
-"""Write the tables of README and docs/performance.md from the committed results.
+"""Write the tables of README, docs/performance.md and docs/results.md from the committed results.
 
     python -m benchmarks.tables
 
@@ -26,12 +26,51 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """The pages with their tables as they should be."""
     table = "\n".join(["| what | measured | goal |", "| --- | --- | --- |", *rows()])
+    content = {
+        ROOT / "README.md": table,
+        ROOT / "docs" / "performance.md": table,
+        ROOT / "docs" / "results.md": "\n".join(development()),
+    }
     changed = {}
-    for path in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    for path, lines in content.items():
         before, rest = path.read_text("utf-8").split(BEGIN)
         after = rest.split(END)[1]
-        changed[path] = f"{before}{BEGIN}\n{table}\n{END}{after}"
+        changed[path] = f"{before}{BEGIN}\n{lines}\n{END}{after}"
     return changed
+
+
+def development() -> list[str]:
+    """The grids on the development splits, best setting of a method first."""
+    found = [
+        row(
+            "method",
+            "settings",
+            "runs",
+            "reliability",
+            "generality",
+            "locality",
+            "harmonic mean",
+            "old recall",
+            "perplexity",
+            "time",
+        ),
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    grids = committed("method_defaults")["development"]
+    yardstick = next(one for one in grids["full-ft"] if one["settings"] == {"lr": "3e-5"})
+    for name, settings in grids.items():
+        for one in settings:
+            chosen = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
+            scores = [
+                f"{100 * one[key]:.0f}"
+                for key in ("reliability", "generality", "locality", "harmonic_mean", "old_recall")
+            ]
+            times = (
+                f"x {one['perplexity_ratio']:.2f}",
+                f"x {one['seconds'] / yardstick['seconds']:.1f}",
+            )
+            found.append(row(name, chosen, str(one["runs"]), *scores, *times))
+    return found
 
 
 def rows() -> list[str]:

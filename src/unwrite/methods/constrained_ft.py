@@ -27,9 +27,9 @@ class ConstrainedFT(Recipe):
     answer tokens where the prompt ends (FT-L); ``"answer"`` each one after those before it (FT-M).
     """
 
-    lr: float = 5e-4
+    lr: float = 1e-4
     radius: float = 5e-4
-    layer: float | Literal["all"] = 0.5
+    layer: float | Literal["all"] = "all"
     loss: LossForm = "answer"
 
     name: ClassVar[str] = "ft-c"

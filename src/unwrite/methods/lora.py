@@ -1,4 +1,4 @@
-"""LoRA: teach the new answers to low-rank factors beside the attention's matrices."""
+"""LoRA: teach the new answers to low-rank factors beside frozen matrices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unwrite.adapters import AdapterShape
+from unwrite.adapters import KINDS, AdapterShape
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.model import Model
@@ -19,13 +19,13 @@ class LoRA(Recipe):
 
     The delta is exactly that product, kept as factors of a few megabytes, and can be exported as a
     PEFT adapter. Training needs little memory on top of the model. ``targets``: kinds of matrices
-    (q, k, v, o, gate, up, down); the papers' LoRA is restricted to the attention.
+    (default: those of the attention and the MLPs); the papers' LoRA is ``("q", "v")``.
     """
 
-    lr: float = 1e-3
+    lr: float = 5e-4
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = ("q", "v")
+    targets: tuple[str, ...] = KINDS
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LoRA baseline of arXiv 2311.08011 and of Delicate Fine-Tuning"
