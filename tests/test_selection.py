@@ -138,8 +138,8 @@ def test_a_bad_guess_of_the_threshold_costs_time_and_nothing_else(top, scope, co
     """Thin samples of tensors of different scales, in many pieces: brackets miss, or nearly."""
     old, new = large(1), large(2)
     kept, threshold = by_sorting(old, new, top, scope=scope, conflict=conflict)
-    tight = {"RUN": 1, "SAMPLED": 7, "DEVIATIONS": deviations, "PIECE": 64, "THREADS": 1}
-    with patch.multiple(selection, **tight), patch("unwrite.change.PIECE", 64):
+    tight = {"RUN": 1, "SAMPLED": 7, "DEVIATIONS": deviations, "STEP": 64, "THREADS": 1}
+    with patch.multiple(selection, **tight):
         chosen = select(old, new, top, scope=scope, conflict=conflict)
     assert agrees(chosen, kept, threshold)
 

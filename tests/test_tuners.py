@@ -77,8 +77,9 @@ def test_lora_is_a_method(tmp_path):
 
 
 def test_lora_gives_factors_of_its_rank(model, pairs):
-    delta = LORA.train(model, pairs).delta
-    assert len(delta) == 4  # q and v of two blocks
+    delta = LoRA(lr=1e-2, rank=4, alpha=8, targets=("q", "v")).train(model, pairs).delta
+    assert len(delta) == 4  # of two blocks
+    assert len(LORA.train(model, pairs).delta) == 14  # all seven projections
     for name in delta:
         assert delta[name].rank == 4
         assert delta[name].scale == 2.0
@@ -138,7 +139,7 @@ def test_lora_starts_from_a_start(model, pairs):
     [
         ({"rank": 0}, "rank must be at least 1"),
         ({"alpha": 0}, "alpha greater than 0"),
-        ({"targets": ("q", "banana")}, "q, k, v, o, gate, up, down.*not banana"),
+        ({"targets": ("q", "banana")}, "q, k, v, o, gate, up, down, or all.*not banana"),
         ({"targets": ()}, "not nothing"),
     ],
 )

@@ -23,6 +23,7 @@ from unwrite.errors import BadSetting
 from unwrite.model import Model
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+ALL = "all"
 # One matrix does the work of several in some architectures; asking for a part means the whole.
 FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 
@@ -30,7 +31,7 @@ FUSED = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"}
 @dataclass(frozen=True)
 class AdapterShape:
     """Rank and scaling (``alpha / rank``) of the adapters, and the kinds of matrices they sit on:
-    any of ``KINDS``."""
+    any of ``KINDS``, or ``("all",)`` for those that the model has."""
 
     rank: int
     alpha: int
@@ -42,10 +43,10 @@ class AdapterShape:
                 f"rank must be at least 1 and alpha greater than 0, not {self.rank} and "
                 f"{self.alpha}."
             )
-        unknown = [kind for kind in self.targets if kind not in KINDS]
+        unknown = [kind for kind in self.targets if kind not in (*KINDS, ALL)]
         if unknown or not self.targets:
             raise BadSetting(
-                f"targets must name kinds of matrices ({', '.join(KINDS)}), not "
+                f"targets must name kinds of matrices ({', '.join(KINDS)}, or {ALL}), not "
                 f"{', '.join(unknown) or 'nothing'}."
             )
 
@@ -145,7 +146,10 @@ class _Reader:
         """A single bank needs no telling: peft then takes its shorter way."""
 
         def tell(_module: Any, inputs: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return inputs, {**words, "adapter_names": self._names}
+            # OPT's MLP gets rows and positions as one dimension; a row's positions lie together.
+            each = len(inputs[0]) // len(self._names)
+            names = [name for name in self._names for _ in range(each)]
+            return inputs, {**words, "adapter_names": names}
 
         handles = [
             layer.register_forward_pre_hook(tell, with_kwargs=True)
@@ -162,15 +166,20 @@ def _targets(model: Model, wanted: Sequence[str]) -> list[str]:
     """File names of the matrices of the wanted kinds, in the order of the file."""
     kinds = {file: model.anatomy.kind(name) for file, name in model.names.items()}
     there = set(kinds.values())
-    chosen = set()
-    for kind in wanted:
+    adaptable = there & {*KINDS, *FUSED.values()}
+    chosen = set(adaptable) if ALL in wanted else set()
+    for kind in (one for one in wanted if one != ALL):
         found = kind if kind in there else FUSED.get(kind)
         if found not in there:
             raise BadSetting(
                 f"{model.source.name} has no matrices of the kind {kind!r}; it has "
-                f"{', '.join(sorted(there & {*KINDS, *FUSED.values()})) or 'none of those known'}."
+                f"{', '.join(sorted(adaptable)) or 'none of those known'}."
             )
         chosen.add(found)
+    if not chosen:
+        raise BadSetting(
+            f"{model.source.name} has no matrices of a known kind to put adapters on; use full-ft."
+        )
     parameters = dict(model.network.named_parameters())
     return [
         file

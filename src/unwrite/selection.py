@@ -26,11 +26,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from unwrite.change import PIECE, Change, Dense, Masked, in_step
+from unwrite.change import PIECE, Change, Dense, Masked
 from unwrite.delta import Delta
 from unwrite.errors import BadSetting, TensorMismatch
 
 THREADS = 2  # tensors worked on at the same time
+STEP = 2 * PIECE  # elements; numpy, unlike torch, does not spread larger steps over processors
 RUN = 8  # elements that are sampled together: half a cache line
 SAMPLED = 509  # one run in so many; a prime, so as not to fall into step with rows
 GROWTH = 1.2  # of the sample, until the bracket is computed anew
@@ -122,8 +123,8 @@ class _Task:
         whole = survivors if self.of == "survivors" else size
         return min(survivors, max(1, round(self.top * whole)))
 
-    def read(self, name: str) -> tuple[tuple[int, ...], torch.Tensor, torch.Tensor]:
-        """Shape and flat fp32 values of one tensor, zeros where it is absent."""
+    def read(self, name: str) -> tuple[tuple[int, ...], Array, Array]:
+        """Shape and flat fp32 values of one tensor in both deltas, zeros where it is absent."""
         old, new = self.old.get(name), self.new.get(name)
         shapes = [change.shape for change in (old, new) if change is not None]
         if shapes[0] != shapes[-1]:
@@ -136,11 +137,11 @@ class _Task:
         return shapes[0], _flat(old, shapes[0]), _flat(new, shapes[0])
 
 
-def _flat(change: Change | None, shape: tuple[int, ...]) -> torch.Tensor:
+def _flat(change: Change | None, shape: tuple[int, ...]) -> Array:
     if change is None:
-        return torch.zeros(()).expand(math.prod(shape))
+        return np.broadcast_to(np.float32(0), math.prod(shape))
     full = change.values if isinstance(change, Dense) else change.dense()
-    return full.reshape(-1).cpu()
+    return full.reshape(-1).cpu().numpy()
 
 
 def _select_among(names: Sequence[str], task: _Task, spread: Map) -> Selection:
@@ -189,11 +190,11 @@ class _Sample:
         self._lock = threading.Lock()
 
     @np.errstate(over="ignore", invalid="ignore")
-    def add(self, *sides: torch.Tensor) -> Bracket:
+    def add(self, *sides: Array) -> Bracket:
         """Take one more tensor into account. Returns the bracket as far as it is known."""
-        runs = sides[0].numel() // RUN
-        thin = [side[: runs * RUN].view(runs, RUN)[::SAMPLED].reshape(-1) for side in sides]
-        scores, survives, _ = _Comparison(thin[0].numel(), self._task.conflict).of(*thin)
+        runs = sides[0].size // RUN
+        old, new = (side[: runs * RUN].reshape(runs, RUN)[::SAMPLED].ravel() for side in sides)
+        scores, survives, _ = _Comparison(old.size, self._task.conflict).of(old, new)
         with self._lock:
             self._size += scores.size
             self._scores.append(scores[survives])
@@ -245,11 +246,13 @@ class _Scan:
         """The candidates above the threshold, and the first ``ties`` of those at it."""
         gone = self.scores < threshold
         gone[np.flatnonzero(self.scores == threshold)[ties:]] = True
-        stays = np.ones(len(self.values), np.bool_)
-        stays[self.ranks[gone]] = False
-        places = self.places[gone]
-        np.subtract.at(self.bits, places // 8, np.left_shift(1, places % 8).astype(np.uint8))
-        values = self.values.compress(stays)
+        values = self.values
+        if gone.any():
+            stays = np.ones(len(values), np.bool_)
+            stays[self.ranks[gone]] = False
+            values = values.compress(stays)
+            places = self.places[gone]
+            np.subtract.at(self.bits, places // 8, np.left_shift(1, places % 8).astype(np.uint8))
         return Masked(self.shape, torch.from_numpy(self.bits), torch.from_numpy(values))
 
 
@@ -267,34 +270,45 @@ def _threshold(scans: Iterable[_Scan], wanted: int) -> float:
 
 
 @np.errstate(over="ignore", invalid="ignore")
-def _scan(
-    shape: tuple[int, ...], old: torch.Tensor, new: torch.Tensor, bracket: Bracket, task: _Task
-) -> _Scan:
-    """Go through one tensor, piece by piece."""
+def _scan(shape: tuple[int, ...], old: Array, new: Array, bracket: Bracket, task: _Task) -> _Scan:
+    """Go through one tensor, step by step."""
     low, high = bracket
-    size = math.prod(shape)
-    index = np.int32 if size < 1 << 31 else np.int64
-    bits = np.zeros((size + 63) // 64 * 8, np.uint8)
-    found: list[tuple[Array, ...]] = []
-    start = survivors = candidates = 0
-    comparison = _Comparison(min(size, PIECE), task.conflict)
-    for one, two in in_step(old, new):
-        score, survives, flags = comparison.of(one, two)
+    bits = np.zeros((old.size + 63) // 64 * 8, np.uint8)
+    places, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    survivors = 0
+    comparison = _Comparison(min(old.size, STEP), task.conflict)
+    for start in range(0, old.size, STEP):
+        stop = start + STEP
+        score, survives, flags = comparison.of(old[start:stop], new[start:stop])
         survivors += int(np.count_nonzero(survives))
         survives &= np.greater_equal(score, low, out=flags)
         packed = np.packbits(survives, bitorder="little")
-        bits[start // 8 : start // 8 + packed.size] = packed  # pieces are multiples of 64
-        place = np.flatnonzero(survives)
-        value, score = two.numpy().take(place), score.take(place)
-        if task.keep == "difference":
-            value -= one.numpy().take(place)
-        doubtful = np.flatnonzero(score <= high)
-        ranks, places = doubtful + candidates, place.take(doubtful) + start
-        found.append((value, score.take(doubtful), ranks.astype(index), places.astype(index)))
-        start += one.numel()
-        candidates += place.size
-    parts = (np.concatenate(part) for part in zip(*found, strict=True))
-    return _Scan(shape, low, high, survivors, bits, *parts)
+        bits[start // 8 : start // 8 + packed.size] = packed  # steps are multiples of 64
+        place = _places(survives)
+        scores.append(score.take(place))
+        places.append(place + start)
+    place, score = np.concatenate(places), np.concatenate(scores)
+    values = new.take(place)
+    if task.keep == "difference":
+        values -= old.take(place)
+    index = np.int32 if old.size < 1 << 31 else np.int64
+    rank = _places(score <= high)
+    doubtful = score.take(rank), rank.astype(index), place.take(rank).astype(index)
+    return _Scan(shape, low, high, survivors, bits, values, *doubtful)
+
+
+def _places(flags: Array) -> Array:
+    """Where ``flags`` are true.
+
+    Numpy branches on each flag if few are true, which costs more than all the rest. They are less
+    few among the groups of eight that have any.
+    """
+    if flags.size % 8 or 10 * np.count_nonzero(flags) > flags.size:
+        return flags.nonzero()[0]
+    groups = flags.view(np.uint64)
+    some = (groups != 0).nonzero()[0]
+    inside = groups.take(some).view(np.bool_).nonzero()[0]
+    return (some << 3).take(inside >> 3) + (inside & 7)
 
 
 class _Comparison:
@@ -305,16 +319,15 @@ class _Comparison:
         self._floats = np.empty((2, size), np.float32)
         self._flags = np.empty((2, size), np.bool_)
 
-    def of(self, old: torch.Tensor, new: torch.Tensor) -> tuple[Array, Array, Array]:
+    def of(self, old: Array, new: Array) -> tuple[Array, Array, Array]:
         """``|new - old|``, which elements survive, and room for as many flags; until called again.
 
         Opposite signs show in the lesser and the greater of the two, which takes fewer steps than
         looking at each, and which their product does not tell: that of small numbers is zero.
         """
-        size, sides = old.numel(), (old.numpy(), new.numpy())
-        (least, most), (survives, flags) = self._floats[:, :size], self._flags[:, :size]
-        np.minimum(*sides, out=least)
-        np.maximum(*sides, out=most)
+        (least, most), (survives, flags) = self._floats[:, : old.size], self._flags[:, : old.size]
+        np.minimum(old, new, out=least)
+        np.maximum(old, new, out=most)
         np.less(least, 0, out=survives)
         survives &= np.greater(most, 0, out=flags)
         scores = np.subtract(most, least, out=most)

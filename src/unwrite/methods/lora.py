@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unwrite.adapters import KINDS, AdapterShape
+from unwrite.adapters import ALL, AdapterShape
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.model import Model
@@ -19,13 +19,13 @@ class LoRA(Recipe):
 
     The delta is exactly that product, kept as factors of a few megabytes, and can be exported as a
     PEFT adapter. Training needs little memory on top of the model. ``targets``: kinds of matrices
-    (default: those of the attention and the MLPs); the papers' LoRA is ``("q", "v")``.
+    (q, k, v, o, gate, up, down, or all that the model has); the papers' LoRA is ``("q", "v")``.
     """
 
     lr: float = 5e-4
     rank: int = 8
     alpha: int = 16
-    targets: tuple[str, ...] = KINDS
+    targets: tuple[str, ...] = (ALL,)
 
     name: ClassVar[str] = "lora"
     paper: ClassVar[str] = "LoRA baseline of arXiv 2311.08011 and of Delicate Fine-Tuning"
