@@ -6,6 +6,8 @@ import os
 # nothing from threads. Set before torch is imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Help and tables fold at the width of the machine that runs the tests, unless told otherwise.
+os.environ.pop("COLUMNS", None)
 
 import shutil
 from pathlib import Path

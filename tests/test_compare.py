@@ -15,6 +15,7 @@ from unwrite.base import Base
 from unwrite.errors import BadEdits, BadSetting, HomeBusy, TrainingFailed
 from unwrite.files import only_writer, read_json, read_jsonl
 from unwrite.model import Model
+from unwrite.reference import NAMES
 from unwrite.scores import ROLES
 from unwrite.start import Start
 
@@ -591,3 +592,28 @@ def test_a_mean_over_seeds_is_the_mean_of_its_rows(grid):
 
 def test_notes_of_a_method_are_in_the_table(grid):
     assert "- thin: A tenth." in grid.markdown()
+
+
+def test_plain_fine_tuning_is_trained_once_for_all_that_is_made_of_it(
+    worlds, tmp_path, monkeypatch
+):
+    real, trained = unwrite.FullFT.delta, []
+
+    def counted(self, model, edits):
+        trained.append(self)
+        return real(self, model, edits)
+
+    monkeypatch.setattr(unwrite.FullFT, "delta", counted)
+    methods = {"one": Thinned(), "two": Thinned()}
+    found = compare(worlds(), tmp_path / "a", methods, references=NAMES)
+    assert len(found.rows) == 2 + 6
+    assert [one for one in trained if one != SHORT] == [unwrite.FullFT()]
+    assert not (tmp_path / "a" / "donors").exists()
+    # Where it is no row, the masks train it themselves, and get the same.
+    alone = compare(worlds(), tmp_path / "b", methods, references=("random-mask",))
+    for label in ("[random mask of one]", "[random mask of two]"):
+        assert (
+            row_of(alone, method=label)["fingerprint"]
+            == (row_of(found, method=label)["fingerprint"])
+        )
+    assert len([one for one in trained if one != SHORT]) == 2

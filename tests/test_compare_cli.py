@@ -29,13 +29,16 @@ def edits(worlds, tmp_path_factory):
     return file
 
 
-def test_compare_prints_a_table_for_people_and_one_object_for_programs(worlds, edits, tmp_path):
+def test_compare_prints_a_table_for_people_and_one_object_for_programs(
+    worlds, edits, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")  # nothing is folded even there
     words = ("compare", worlds().folder, "--edits", edits, "--variant", f"learn={LEARN}")
     words += ("--out", tmp_path / "run", "--seeds", "0,1", "--references", "no-change")
     shown = run(*words)
     assert shown.stdout == ""
     assert "[no change]" in shown.stderr
-    assert "100.0 / 100.0" in shown.stderr
+    assert "100 / 100" in shown.stderr
     assert str(tmp_path / "run" / "table.md") in shown.stderr.replace("\n", "")
     before = steady(tmp_path / "run")
     found = json.loads(run(*words, "--json").stdout)

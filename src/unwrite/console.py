@@ -81,10 +81,18 @@ class Terminal:
             title_style="",
             header_style="bold",
             box=HEAVY_HEAD if self.console.is_terminal else None,
+            padding=(0, 1) if self.console.is_terminal else (0, 1, 0, 0),
+            pad_edge=self.console.is_terminal,
         )
         for index, name in enumerate(columns):
             right = index >= len(columns) - numbers
-            table.add_column(Text(name), justify="right" if right else "left", overflow="fold")
+            # A figure that is broken over two lines is misread: words give way instead.
+            table.add_column(
+                Text(name.replace(" ", "\n") if right else name),
+                justify="right" if right else "left",
+                overflow="fold",
+                no_wrap=right,
+            )
         for row in rows:
             table.add_row(
                 *(cell if isinstance(cell, Text) else Text(harmless(str(cell))) for cell in row)

@@ -1,0 +1,122 @@
+"""Do the papers' claims hold here? Planted test records, at three epochs and until learned.
+
+    python -m benchmarks.planted_study --data ../shared/data --work FOLDER [--seeds 3]
+
+SmolLM2-135M, 100 test records of CounterFact and 100 of zsRE, whose old answers are planted first
+(three epochs at 1e-4, as ``compare --plant`` does). Every method learns the new answers in the
+papers' regime (three epochs, one round) and until every answer is learned, with the learning rates
+that were chosen on the development records. Finished cells are kept in ``--work`` and not run
+again; ``--summary`` only writes the result from what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import write
+from unwrite import compare
+from unwrite.comparison import Comparison
+
+# File and first test record; see the provenance of the data.
+DATA = {
+    "counterfact": ("counterfact_easyedit_2000.json", 500),
+    "zsre": ("zsre_mend_eval_700.json", 200),
+}
+THREE = "epochs=3:until=epochs"
+
+
+def three(place: str) -> str:
+    """The papers' three epochs for a method inside a method."""
+    return f"{place}.epochs=3:{place}.until=epochs"
+
+
+# ``forget`` is three epochs by default in both regimes: what is forgotten was planted so.
+METHODS: dict[str, dict[str, str]] = {
+    "three epochs": {
+        "full-ft": f"full-ft:{THREE}",
+        "lora": f"lora:{THREE}",
+        "ft-c": f"ft-c:{THREE}",
+        "f-learning, full-full": f"f-learning:{three('learn')}",
+        "f-learning, lora-full": f"f-learning:forget=lora:{three('forget')}:{three('learn')}",
+        "f-learning, full-lora": f"f-learning:learn=lora:{three('learn')}",
+        "f-learning, lora-lora": f"f-learning:forget=lora:{three('forget')}:learn=lora"
+        f":{three('learn')}",
+        "delicate, full-ft": f"delicate:rounds=1:{three('tuner')}",
+        "delicate, lora": f"delicate:rounds=1:tuner=lora:{three('tuner')}",
+    },
+    "until learned": {
+        "full-ft": "full-ft",
+        "lora": "lora",
+        "ft-c": "ft-c",
+        "f-learning, full-full": "f-learning",
+        "f-learning, lora-full": f"f-learning:forget=lora:{three('forget')}",
+        "f-learning, full-lora": "f-learning:learn=lora",
+        "f-learning, lora-lora": f"f-learning:forget=lora:{three('forget')}:learn=lora",
+        "delicate, full-ft": "delicate",
+        "delicate, lora": "delicate:tuner=lora:tuner.epochs=2:tuner.until=epochs",
+    },
+}
+ROLES = ("reliability", "generality", "locality", "old_recall")
+
+
+def main() -> None:
+    """Run what is missing, one seed after the other, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data slices")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
+    parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--regimes", default=",".join(METHODS), help="by comma")
+    parser.add_argument("--summary", action="store_true", help="only write the result")
+    options = parser.parse_args()
+    found: dict[str, Comparison] = {}
+    for seeds in [options.seeds] if options.summary else range(1, options.seeds + 1):
+        for kind in DATA:
+            for regime in options.regimes.split(","):
+                found[f"{kind}, {regime}"] = run(options, kind, regime, seeds)
+    write("planted_study", {"records": options.records, "runs": summary(found)})
+
+
+def run(options: argparse.Namespace, kind: str, regime: str, seeds: int) -> Comparison:
+    """One table; what its folder has already is not computed again."""
+    file, offset = DATA[kind]
+    return compare(
+        "smollm2-135m",
+        {kind: options.data / file},
+        METHODS[regime],
+        options.work / f"{kind}-{regime.replace(' ', '-')}",
+        seeds=range(seeds),
+        sizes=(options.records,),
+        offset=offset,
+        plant=True,
+        references=("no-change",),
+    )
+
+
+def summary(found: dict[str, Comparison]) -> dict[str, Any]:
+    """Per table and method: one entry a seed, without what only a run's own folder needs."""
+    return {
+        table: [
+            {
+                "method": row["method"],
+                "seed": row["seed"],
+                **{
+                    role: {
+                        key: row["scores"]["after"][role][key] for key in ("token", "exact", "n")
+                    }
+                    for role in ROLES
+                },
+                "perplexity": row["perplexity"]["after"] / row["perplexity"]["before"],
+                "seconds": row["seconds"],
+                "changed": row["delta"]["changed_fraction"],
+            }
+            for row in one.rows
+        ]
+        for table, one in found.items()
+    }
+
+
+if __name__ == "__main__":
+    main()
