@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unwrite.methods.f_learning import FLearning
     from unwrite.methods.full_ft import FullFT
     from unwrite.methods.lora import LoRA
+    from unwrite.methods.memit import MEMIT
+    from unwrite.methods.rome import ROME
     from unwrite.model import Model
     from unwrite.record import Update
     from unwrite.weights import Weights
@@ -35,8 +37,10 @@ _WHERE = {
     "FullFT": "methods.full_ft",
     "Home": "home",
     "LoRA": "methods.lora",
+    "MEMIT": "methods.memit",
     "Model": "model",
     "Probe": "edits",
+    "ROME": "methods.rome",
     "RequirementNotMet": "errors",
     "UnwriteError": "errors",
     "Update": "record",
@@ -52,6 +56,8 @@ _WHERE = {
 }
 
 __all__ = [
+    "MEMIT",
+    "ROME",
     "Comparison",
     "ConstrainedFT",
     "Delicate",

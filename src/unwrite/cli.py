@@ -524,6 +524,43 @@ def methods(as_json: Json = False) -> None:
 
 
 @app.command()
+def trace(
+    model_name: Annotated[
+        str, typer.Argument(help="Folder, built-in name or hub id.", metavar="MODEL")
+    ],
+    edits: EditsArgument,
+    limit: Annotated[int, typer.Option(help="Trace at most so many edits.", min=1)] = 10,
+    offset: Offset = 0,
+    samples: Annotated[int, typer.Option(help="Draws of noise for each.", min=1)] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Write the picture as SVG.", metavar="FILE")
+    ] = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Causal trace: in which layer, and at which token, the model recalls the facts of EDITS."""
+    with _verb(as_json) as out:
+        from unwrite import api
+        from unwrite import trace as tracing
+        from unwrite.files import write_atomically
+
+        facts = _read(edits, limit, offset, out)
+        model = api.load(model_name, trust_remote_code=trust_remote_code, progress=out)
+        found = tracing.trace(model, facts, samples=samples, seed=seed)
+        for line in tracing.lines(found):
+            out.say(line)
+        out.say(
+            f"The answer's probability falls from {found.clean:.3f} to {found.disturbed:.3f} when "
+            f"the subject is disturbed; MLPs around layer {found.strongest} bring back most."
+        )
+        if out_file is not None:
+            write_atomically(out_file, tracing.picture(found))
+            out.data(str(out_file))
+        out.result(found.as_json())
+
+
+@app.command()
 def doctor(
     base: Annotated[str | None, typer.Argument(help="A model to plan for.", metavar="BASE")] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,

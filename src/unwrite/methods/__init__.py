@@ -29,8 +29,12 @@ METHODS = {
     "ft-c": "unwrite.methods.constrained_ft:ConstrainedFT",
     "f-learning": "unwrite.methods.f_learning:FLearning",
     "delicate": "unwrite.methods.delicate:Delicate",
+    "rome": "unwrite.methods.rome:ROME",
+    "memit": "unwrite.methods.memit:MEMIT",
+    "alpha-edit": "unwrite.methods.alpha_edit:AlphaEdit",
+    "loc-ft": "unwrite.methods.loc_ft:LocFT",
 }
-ALIASES = {"ft": "full-ft", "dft": "delicate"}
+ALIASES = {"ft": "full-ft", "dft": "delicate", "alphaedit": "alpha-edit", "ft-m": "loc-ft"}
 DEFAULT = "full-ft"
 
 

@@ -1,0 +1,164 @@
+"""MEMIT: write many facts at once into the MLPs of several layers (Meng et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from unwrite.activations import Mention, Site, layer_of, oriented, states, weight_name
+from unwrite.delta import Delta
+from unwrite.edits import Edit
+from unwrite.errors import BadSetting
+from unwrite.model import Model
+from unwrite.moments import Metric, Statistics, metrics
+from unwrite.trace import strongest_layer
+from unwrite.values import Search, find_values, notes, say_left_out, unfound
+
+# Rows that read a layer's keys: from keys (facts, width) float64 to rows (facts, width) float64, so
+# that the change is residual' @ rows. ``Reader`` makes one for each layer.
+Reader = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MEMIT(Search, Statistics):
+    """Mass-Editing Memory in a Transformer: one batch of edits, spread over some layers
+    (METHODS 6.4).
+
+    For every edit the output z of the last of the ``layers`` is sought from which the new answer
+    follows. Then, layer by layer, each MLP gets an equal share of what is still missing, R, by the
+    change that does it with least harm to everything else (eq. 14 of the paper; K holds the keys of
+    the edits, C the second moment of all keys):
+
+        R K' (preserve C + K K')^-1
+
+    solved as R (preserve I + K' C^-1 K)^-1 K' C^-1, edits x edits instead of width x width. The
+    delta's rank is at most the number of edits.
+
+    ``layers``: indices of blocks, fractions of the depth, or "trace" (those up to the layer that a
+    causal trace of these edits finds strongest). ``preserve`` is the paper's lambda, the weight of
+    everything else beside the edits.
+    """
+
+    layers: Literal["trace"] | tuple[int | float, ...] = (0.14, 0.175, 0.21, 0.245, 0.28)
+    preserve: float = 2000.0
+    clamp: float = 1.5
+    lr: float = 0.2
+
+    name: ClassVar[str] = "memit"
+    paper: ClassVar[str] = "Meng et al. 2023, Mass-Editing Memory in a Transformer (2210.07229)"
+    advice: ClassVar[str] = "tens to thousands of facts with subjects, written at once"
+
+    def __post_init__(self) -> None:
+        Search.__post_init__(self)
+        Statistics.__post_init__(self)
+        if not self.preserve > 0:
+            raise BadSetting(f"preserve must be greater than 0, not {self.preserve}.")
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        """One low-rank change a layer. Raises ``BadEdits`` for edits without one clear subject,
+        ``TrainingFailed`` when no value is found for any."""
+        texts = self.mentions(model, edits)
+        layers = layers_of(model, edits, self.layers)
+
+        def readers(
+            keys: Callable[[], Sequence[torch.Tensor]],
+        ) -> tuple[list[Reader], dict[str, Any]]:
+            found, record = metrics(model, layers, keys, self)
+            return [partial(self._read, metric) for metric in found], record
+
+        return spread(model, edits, texts, layers, self, readers)
+
+    def _read(self, metric: Metric, keys: torch.Tensor) -> torch.Tensor:
+        read = metric.divide(keys)
+        return solve(keys @ read.T, read, self.preserve)
+
+
+def layers_of(
+    model: Model, edits: Sequence[Edit], layers: Literal["trace"] | tuple[int | float, ...]
+) -> list[int]:
+    """Indices of the blocks meant, ascending, each once."""
+    if layers == "trace":
+        last = strongest_layer(model, edits)
+        count = max(1, round(model.anatomy.depth / 6))
+        return list(range(max(0, last - count + 1), last + 1))
+    if not layers:
+        raise BadSetting("layers is empty; name at least one.")
+    return sorted({layer_of(model, layer, "layers") for layer in layers})
+
+
+def spread(
+    model: Model,
+    edits: Sequence[Edit],
+    texts: Sequence[Sequence[Mention]],
+    layers: Sequence[int],
+    search: Search,
+    readers: Callable[[Callable[[], Sequence[torch.Tensor]]], tuple[list[Reader], dict[str, Any]]],
+) -> Delta:
+    """Seek the edits' values at the last layer and close the gap to them layer by layer.
+
+    ``readers`` makes a `Reader` a layer (from the edits' keys there, if it asks for them) and a
+    record for the notes. The
+    notes hold, under ``gap``, the mean distance to the values before and after every layer, as a
+    share of the first.
+    """
+    values = find_values(model, edits, texts, layers[-1], "block", search)
+    left_out = unfound(edits, values)
+    say_left_out(model, edits, left_out)
+    chosen = values[values.found]
+    groups = [group for group, keep in zip(texts, values.found.tolist(), strict=True) if keep]
+    everything = [mention for group in groups for mention in group]
+    bare = [group[0] for group in groups]
+    sites: list[Site] = [(model.anatomy.mlp_out[layer], "in") for layer in layers]
+    top: Site = (model.anatomy.blocks[layers[-1]], "out")
+
+    def keys_of(rows: torch.Tensor) -> torch.Tensor:
+        """Mean of the bare key and the mean of those in contexts: (facts, width), float64."""
+        grouped = rows.double().view(len(groups), -1, rows.shape[1])
+        if grouped.shape[1] == 1:
+            return grouped[:, 0]
+        return (grouped[:, 0] + grouped[:, 1:].mean(dim=1)) / 2
+
+    solvers, record = readers(lambda: [keys_of(rows) for rows in states(model, everything, sites)])
+    total = Delta.nothing()
+    gaps = []
+    for number, (layer, solve) in enumerate(zip(layers, solvers, strict=True)):
+        module = model.anatomy.mlp_out[layer]
+        with model.shifted(total):
+            (rows,) = states(model, everything, [sites[number]])
+            (now,) = states(model, bare, [top])
+        gap = (chosen.values - now).double()
+        gaps.append(float(gap.norm(dim=1).mean()))
+        share = gap / (len(layers) - number)
+        change = oriented(model, module, share.T, solve(keys_of(rows)))
+        total = total + Delta.from_changes({weight_name(model, module): change})
+    with model.shifted(total):
+        (now,) = states(model, bare, [top])
+    gaps.append(float((chosen.values - now).norm(dim=1).mean()))
+    shares = [round(gap / gaps[0], 4) if gaps[0] else 0.0 for gap in gaps]
+    about = notes(record, left_out, "all at once", layers, len(edits))
+    about["sentences"].append(
+        f"{100 * (1 - shares[-1]):.0f} % of the way to the values sought was closed; a smaller "
+        "weight for everything else closes more."
+    )
+    return Delta.from_changes(
+        {name: total[name] for name in total}, {"notes": about | {"gap": shares}}
+    )
+
+
+def solve(gram: torch.Tensor, read: torch.Tensor, weight: float) -> torch.Tensor:
+    """(weight I + gram)^-1 read by Cholesky, float64; gram (facts, facts) is symmetric.
+
+    Two edits of one subject have the same key; ``weight`` keeps the system regular, and where it is
+    too small for that, the least-squares answer is taken.
+    """
+    system = (gram + gram.T) / 2
+    system.diagonal().add_(weight)
+    factor, failed = torch.linalg.cholesky_ex(system)
+    pivots = factor.diagonal()
+    if failed or float(pivots.min() / pivots.max()) ** 2 < 1e-13:
+        return torch.linalg.pinv(system, hermitian=True, rtol=1e-12) @ read
+    return torch.cholesky_solve(read, factor)
