@@ -193,10 +193,10 @@ SCORE_COLUMNS = (
     "score",
     "token before",
     "after",
-    "95 %",
+    "95\N{NO-BREAK SPACE}%",
     "exact before",
     "after",
-    "95 %",
+    "95\N{NO-BREAK SPACE}%",
     "n",
 )
 

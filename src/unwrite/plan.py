@@ -30,10 +30,12 @@ from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.training import Recipe
+from unwrite.values import Search
 from unwrite.weights import Weights
 
 BYTES_PER_TRAINED_WEIGHT = 20  # fp32 weight, gradient, two AdamW moments, snapshot
 BYTES_PER_FROZEN_WEIGHT = 5  # fp32 weight; what adapters add is small beside it
+BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
 TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edit
 GENERATION_STEPS = 10  # tokens until a first sentence is complete, on average
 
@@ -111,8 +113,10 @@ def for_model(
     # Every probe is read once with its answer and once before generating, before and after.
     reading = 2 * 2 * parameters * (2 * probe_tokens + len(neutral_text()) / 4) / speed
     writing = 2 * 2 * parameters * probes * GENERATION_STEPS / speed
-    full = any(not isinstance(one, LoRA) for one, _ in recipes)
+    train += _search_seconds(method, tokens, parameters, speed)
+    full = any(_trains_all(one) for one, _ in recipes)
     memory = parameters * (BYTES_PER_TRAINED_WEIGHT if full else BYTES_PER_FROZEN_WEIGHT)
+    memory += BYTES_OF_SEARCH if isinstance(method, Search) else 0
     disk = parameters * 4 if full else parameters // 100
     memory_free, disk_free = _memory_free(), shutil.disk_usage(_existing(folder)).free
     warnings = []
@@ -196,6 +200,21 @@ def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
         for field in dataclasses.fields(method):
             for recipe, inner in _recipes(getattr(method, field.name)):
                 yield recipe, inner * max(1.0, times)
+
+
+def _trains_all(recipe: Recipe) -> bool:
+    """Does every weight get a gradient and the state of an optimiser? Not in adapters, and not
+    where one ``layer`` is named."""
+    return not isinstance(recipe, LoRA) and getattr(recipe, "layer", "all") == "all"
+
+
+def _search_seconds(method: Any, tokens: int, parameters: int, speed: float) -> float:
+    """Seeking values (ROME, MEMIT): every edit bare, in its contexts and its subject alone, forward
+    and back to the value; about half of the steps are needed. Without the second moments, which are
+    computed once for a model."""
+    if not isinstance(method, Search):
+        return 0.0
+    return 4.0 * parameters * tokens * (method.contexts + 2) * method.steps / 2 / speed
 
 
 def _train_seconds(
