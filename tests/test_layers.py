@@ -112,6 +112,7 @@ SIDEWAYS = {
     ("values", "training"),
     ("trace", "activations"),
     ("trace", "model"),
+    ("trace", "moments"),
     ("trace", "pretrained"),
     ("methods.alpha_edit", "methods.memit"),
     ("methods", "methods.full_ft"),

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import unwrite
 from unwrite import plan
 from unwrite.errors import ModelUnavailable
+from unwrite.methods import build
 from unwrite.observe import questions
 
 
@@ -157,3 +158,22 @@ def test_adapters_need_little_memory_and_disk(worlds, parameters):
     assert needs.disk_bytes < parameters
     mixed = unwrite.FLearning(forget=unwrite.LoRA())
     assert plan.for_model(worlds().folder, mixed).memory_bytes == 20 * parameters
+
+
+def test_seeking_values_counts_edits_steps_and_contexts(worlds):
+    folder, edits = worlds().folder, worlds().edits[:4]
+
+    def seconds(**settings):
+        return plan.for_model(folder, unwrite.MEMIT(**settings), edits).train_seconds
+
+    few = seconds(steps=10, contexts=0)
+    assert few > 0
+    assert seconds(steps=20, contexts=0) == pytest.approx(2 * few)
+    assert seconds(steps=10, contexts=2) == pytest.approx(2 * few)
+
+
+def test_one_trained_layer_needs_no_more_memory_than_adapters(worlds, parameters):
+    folder = worlds().folder
+    for method in (unwrite.ConstrainedFT(layer=0.5), build("loc-ft", {})):
+        assert plan.for_model(folder, method).memory_bytes < 6 * parameters
+    assert plan.for_model(folder, unwrite.ConstrainedFT()).memory_bytes == 20 * parameters

@@ -1,14 +1,19 @@
 """Causal trace: effects are differences of probability, and the picture shows them."""
 
 import json
+import shutil
 import xml.etree.ElementTree as xml
 
 import pytest
 import torch
 from conftest import ARCHITECTURES
+from typer.testing import CliRunner
 
 from unwrite import trace as tracing
-from unwrite.edits import Edit
+from unwrite.change import Dense
+from unwrite.cli import app
+from unwrite.delta import Delta
+from unwrite.edits import Edit, write_edits
 from unwrite.errors import BadEdits, BadSetting
 from unwrite.methods.memit import MEMIT, layers_of
 from unwrite.methods.rome import ROME
@@ -116,6 +121,15 @@ def test_a_trace_is_kept(model, cache, monkeypatch):
         trace(model, EDITS, seed=1)
 
 
+def test_a_trace_is_that_of_the_base(model, cache):
+    first = trace(model, EDITS)
+    shutil.rmtree(cache / "trace")
+    name = next(name for name in model.weights if "mlp" in name)
+    change = Dense(torch.ones_like(model.weights[name].float()))
+    with model.shifted(Delta.from_changes({name: change})):
+        assert trace(model, EDITS) == first
+
+
 def test_the_picture_has_a_cell_for_every_effect(model):
     found = trace(model, EDITS)
     root = xml.fromstring(picture(found))
@@ -144,3 +158,25 @@ def test_what_cannot_be_traced_is_refused(model):
         trace(model, [Edit("ada owns a", "cat")])
     with pytest.raises(BadSetting, match="samples"):
         trace(model, EDITS, samples=0)
+
+
+def test_the_command_prints_the_picture_and_writes_it(worlds, tmp_path, model):
+    write_edits(tmp_path / "edits.jsonl", EDITS)
+    words = ["trace", str(worlds().folder), str(tmp_path / "edits.jsonl"), "--limit", "2"]
+    out = tmp_path / "trace.svg"
+    shown = CliRunner().invoke(app, [*words, "--out", str(out)])
+    assert shown.exit_code == 0, shown.stderr
+    expected = trace(model, EDITS[:2])
+    for line in lines(expected):
+        assert line in shown.stderr
+    assert out.read_text("utf-8") == picture(expected)
+    asked = CliRunner().invoke(app, [*words, "--json"])
+    assert json.loads(asked.stdout)["strongest"] == expected.strongest
+
+
+def test_the_command_refuses_edits_without_a_subject(worlds, tmp_path):
+    write_edits(tmp_path / "edits.jsonl", [Edit("the job of ada is", "tailor")])
+    words = ["trace", str(worlds().folder), str(tmp_path / "edits.jsonl")]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2
+    assert "subject" in refused.stderr

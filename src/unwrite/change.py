@@ -277,6 +277,12 @@ class Masked(Change):
     def squared_norm(self) -> float:
         return _squared_norm(self.values)
 
+    @property
+    def mean_magnitude(self) -> float:
+        """As of every change, without the zeros being written out first."""
+        total = float(np.abs(self.values.cpu().numpy()).sum(dtype=np.float64))
+        return total / max(1, math.prod(self.shape))
+
     def keep(self) -> torch.Tensor:
         """The mask as a bool tensor of the full shape, on the CPU."""
         flags = np.unpackbits(

@@ -7,7 +7,8 @@ of the MLPs in a window of layers around it. The answer is what the network itse
 nothing needs to be known about the fact.
 
 For each layer everything below is known from the two runs before, so only the layers above are run.
-Results are kept in the cache by fingerprint of the base, edits and settings.
+Results are kept in the cache by fingerprint of the base, edits and settings, and are always those
+of the base, also when the model at hand has been changed since.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from unwrite.edits import Edit
 from unwrite.errors import BadSetting, DamagedFile
 from unwrite.files import read_json, sha256_bytes, write_json
 from unwrite.model import Model, head_sees
+from unwrite.moments import at_base
 from unwrite.pretrained import cache_folder
 
 ROLES = (
@@ -122,7 +124,7 @@ def trace(
         kept = read_json(path)
         return Trace(**{name: kept[name] for name in Trace.__dataclass_fields__})
     facts = []
-    with model.progress.stage("tracing", len(edits)) as advance:
+    with at_base(model), model.progress.stage("tracing", len(edits)) as advance:
         for number, edit in enumerate(edits):
             random = torch.Generator().manual_seed(seed * 1_000_003 + number)
             facts.append(_Fact(model, edit, samples, random).trace(only_last_subject))
