@@ -6,8 +6,10 @@ Makes two dense fp32 deltas with the tensors of SmolLM2-135M (normal numbers, th
 0.3, which leaves 40 % of opposite sign), saves them in a temporary folder and times, in turns, on
 files in the page cache:
 
-- read      every tensor of both through ``Delta.open``, once, one after the other
-- touch     the same, and one element of every page: large tensors are mapped, and not read before
+- load      every tensor of both into memory of its own, where it stays
+- stream    every byte of both files through a buffer of 4 MiB that is used again and again: the
+            least that reading can cost, as nothing leaves the processor's cache
+- touch     one element of every page of the mapped tensors, by one thread: what mapping costs
 - select    the same files, down to the finished masks in memory, for several ``top``
 
 Peak memory is that of a fresh process which selects once (``VmHWM``; the interpreter and torch are
@@ -57,13 +59,15 @@ def main() -> None:
         folder = Path(scratch)
         make_deltas(folder)
         work: dict[str, Callable[[], object]] = {
-            "read": lambda: read(folder),
-            "touch": lambda: read(folder, touch=True),
+            "load": lambda: loaded(folder),
+            "stream": lambda: streamed(folder),
+            "touch": lambda: touched(folder),
         }
         work |= {f"select {top}": partial(chosen, folder, top) for top in TOPS}
         in_turns(work, 1)  # warm up
         seconds = in_turns(work, options.repeats)
         peaks = {str(top): peak_of_a_process(folder, top) for top in TOPS}
+        size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
         results = {str(top): facts(chosen(folder, top)) for top in TOPS}
     write(
         "selection",
@@ -73,12 +77,11 @@ def main() -> None:
             "selected": results,
             "seconds_median": {name: statistics.median(times) for name, times in seconds.items()},
             "seconds": seconds,
-            "select_over_read": {
-                str(top): ratio(seconds[f"select {top}"], seconds["read"]) for top in TOPS
+            "select_over": {
+                base: {str(top): ratio(seconds[f"select {top}"], seconds[base]) for top in TOPS}
+                for base in ("load", "stream", "touch")
             },
-            "select_over_touch": {
-                str(top): ratio(seconds[f"select {top}"], seconds["touch"]) for top in TOPS
-            },
+            "bytes_read": size,
             "peak_memory_gb": peaks,
         },
     )
@@ -100,11 +103,29 @@ def make_deltas(folder: Path) -> None:
     Delta(weights, new).save(folder / "new")
 
 
-def read(folder: Path, *, touch: bool = False) -> None:
-    """Read every tensor of both deltas once."""
+def loaded(folder: Path) -> list[torch.Tensor]:
+    """Every tensor of both deltas, copied into memory of its own."""
+    return [
+        change.dense().clone()
+        for side in ("old", "new")
+        for change in Delta.open(folder / side).values()
+    ]
+
+
+def streamed(folder: Path) -> None:
+    """Read every byte of both deltas once."""
+    buffer = bytearray(4 << 20)
+    for path in sorted(folder.glob("*/*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def touched(folder: Path) -> None:
+    """Look at one element of every page of both deltas."""
     for side in ("old", "new"):
         for change in Delta.open(folder / side).values():
-            if touch and isinstance(change, Dense):
+            if isinstance(change, Dense):
                 change.values.view(-1)[::PAGE].sum()
 
 
