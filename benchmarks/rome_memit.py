@@ -75,12 +75,12 @@ def main() -> None:
         "effect": lambda: effect(model, test[: options.test_facts]),
         "defaults": lambda: defaults(model, development[: options.development_facts]),
     }
-    try:
-        result = {name: committed("rome_memit").get(name) for name in parts}
+    measured = {name: parts[name]() for name in options.only.split(",")}
+    try:  # read last: other parts may have been measured meanwhile
+        before = committed("rome_memit")
     except FileNotFoundError:
-        result = dict.fromkeys(parts)
-    for name in options.only.split(","):
-        result[name] = parts[name]()
+        before = {}
+    result = {name: measured.get(name, before.get(name)) for name in parts}
     known = {"development": len(development), "test": len(test)}
     write("rome_memit", {"known": known, **{k: v for k, v in result.items() if v is not None}})
 

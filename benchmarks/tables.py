@@ -9,6 +9,7 @@ pages to them.
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import harmonic_mean, mean
 from typing import Any
 
 from benchmarks.measure import committed
@@ -77,6 +78,34 @@ def development() -> list[str]:
             )
             found.append(row(name, chosen, str(one["runs"]), *scores, *times))
     return found
+
+
+def study() -> list[str]:
+    """The planted test records: means over the seeds that were run, token form."""
+    found = []
+    for title, entries in committed("planted_study")["tables"].items():
+        head = ("method", "seeds", "reliability", "generality", "locality", "harmonic mean")
+        found += ["", f"**{title}**", "", row(*head, "old recall", "perplexity", "time")]
+        found.append(row(*["---"] * 9))
+        plain = [one["seconds"] for one in entries if one["method"] == "full-ft"]
+        for method in dict.fromkeys(one["method"] for one in entries):
+            same = [one for one in entries if one["method"] == method]
+            scores = {
+                role: mean(one[role]["token"] for one in same)
+                for role in ("reliability", "generality", "locality", "old_recall")
+            }
+            three = [scores[role] for role in ("reliability", "generality", "locality")]
+            shown = [*three, harmonic_mean(three), scores["old_recall"]]
+            found.append(
+                row(
+                    method,
+                    str(len(same)),
+                    *(f"{100 * value:.1f}" for value in shown),
+                    f"x {mean(one['perplexity_ratio'] for one in same):.2f}",
+                    f"x {mean(one['seconds'] for one in same) / mean(plain):.1f}",
+                )
+            )
+    return found[1:]
 
 
 def rows() -> list[str]:
