@@ -14,7 +14,18 @@ PACKAGE = Path(unwrite.__file__).parent
 
 # One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
 LAYERS = [
-    {"errors", "files", "progress", "formats", "edits", "prompts", "data"},
+    {
+        "errors",
+        "files",
+        "progress",
+        "formats",
+        "edits",
+        "prompts",
+        "data",
+        "tasks",
+        "task_bank",
+        "task_words",
+    },
     {
         "allocator",
         "tensorfile",
@@ -82,6 +93,12 @@ SIDEWAYS = {
     ("edits", "formats"),
     ("edits", "data"),
     ("prompts", "errors"),
+    ("tasks", "errors"),
+    ("tasks", "files"),
+    ("tasks", "formats"),
+    ("tasks", "task_bank"),
+    ("task_bank", "edits"),
+    ("task_bank", "task_words"),
     ("prompts", "formats"),
     ("weights", "tensorfile"),
     ("delta", "weights"),
