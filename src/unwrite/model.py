@@ -362,7 +362,7 @@ class Model:
         active = torch.arange(len(prompts))
         for _ in range(max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-            if self._takes_positions:
+            if self.takes_positions:
                 inputs["position_ids"] = positions
             last = torch.full((len(active),), ids.shape[1] - 1)
             with head_sees(self.network, torch.arange(len(active)), last):
@@ -401,7 +401,7 @@ class Model:
         return frozenset(ids)
 
     @cached_property
-    def _takes_positions(self) -> bool:
+    def takes_positions(self) -> bool:
         """Networks with ALiBi (BLOOM, MPT) compute positions from the mask and take no ids."""
         import inspect
 

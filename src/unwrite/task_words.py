@@ -131,7 +131,7 @@ REVIEWED = (
 # Sentences by what they are about; {} is a person.
 TOPICS = {
     "sports": "{} scored twice before half-time.|{} ran the marathon in three hours.|{} trains "
-    "with the team on Mondays.|The referee showed {} a red card.|{} won the tennis match in two sets.",
+    "with the team on Mondays.|The referee showed {} a red card.|{} won at tennis in two sets.",
     "cooking": "{} chops the onions for the soup.|{} lets the dough rest for an hour.|{} added too "
     "much salt to the stew.|The cake that {} baked needs more sugar.|{} fries the eggs in butter.",
     "weather": "{} forgot the umbrella and it poured.|The storm kept {} awake all night.|{} hopes "
