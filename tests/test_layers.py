@@ -137,6 +137,7 @@ SIDEWAYS = {
     ("forgetting.fisher", "forgetting.per_example"),
     ("forgetting.fisher", "model"),
     ("forgetting.fisher", "training"),
+    ("forgetting.confidence", "anatomy"),
     ("forgetting.confidence", "forgetting.per_example"),
     ("forgetting.confidence", "model"),
     ("forgetting.confidence", "training"),

@@ -107,6 +107,12 @@ SURNAMES = (
     "Adler Brook Carter Dale Ellis Foster Grant Hale Irving Jensen Keller Lang Moore Norton Ortega "
     "Price Quill Reed Stone Turner Vance Walker Young"
 )
+THINGS = "apples books coins marbles stamps eggs pencils shells"
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 MONTHS = "January February March April May June July August September October November December"
 
 # Sentences about a thing, by the feeling they express; {} is the thing.

@@ -4,9 +4,9 @@
 
 ``theta*`` is the optimum of the task, ``F`` the diagonal Fisher information of the task there, and
 ``g(x)`` the gradient of the loss of the self-generated text ``x`` at the base. One step that learns
-``x`` leads to ``theta_base - alpha g(x)``; where that is far from the task's optimum, in coordinates
-that matter to the task, ``x`` is to be forgotten (Learning With Forgetting, arXiv 2505.19715; METHODS
-4.1). With ``delta = theta* - theta_base``, which is what a fine-tune gives:
+``x`` leads to ``theta_base - alpha g(x)``; where that is far from the task's optimum, in
+coordinates that matter to the task, ``x`` is to be forgotten (Learning With Forgetting, arXiv
+2505.19715; METHODS 4.1). With ``delta = theta* - theta_base``, which is what a fine-tune gives:
 
     FC(x) = 1/2 <F, delta^2> + alpha <F delta, g(x)> + alpha^2 / 2 <F, g(x)^2>
 
@@ -39,7 +39,7 @@ Selection = Literal["top", "bottom", "random", "all"]
 class Confidence:
     """The forgetting confidence of some examples and what it is made of.
 
-    ``first`` and ``second`` (examples, tensors): ``<F delta, g>`` and ``<F, g^2>`` tensor by tensor,
+    ``first`` and ``second`` (examples, tensors): ``<F delta, g>`` and ``<F, g^2>`` of every tensor,
     fp64 (``second`` is zero after a first-order computation). ``step`` is alpha, ``constant`` the
     term that all examples share, ``losses`` (examples,) the mean negative log-likelihood per answer
     token at the base.

@@ -435,8 +435,9 @@ def _read_rerun(
         def run(values: dict[str, torch.Tensor]) -> torch.Tensor:
             return torch.func.functional_call(module, values, (one,))
 
-        _, back = torch.func.vjp(run, own)
-        return back(of_output)[0]
+        back: Any = torch.func.vjp(run, own)[1]
+        found: dict[str, torch.Tensor] = back(of_output)[0]
+        return found
 
     found = torch.func.vmap(gradient)(taken, given)
     return {
