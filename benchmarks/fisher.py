@@ -85,7 +85,7 @@ def main() -> None:
             "forward and backward, batch 8": lambda: forward_backward(model, pairs),
             "confidence, both terms": lambda: forgetting_confidence(model, pairs, towards, fisher),
             "confidence, first order": lambda: forgetting_confidence(
-                model, pairs, towards, fisher, order=1
+                model, pairs, towards, fisher, order=1, step=1.0
             ),
         },
         options.turns,

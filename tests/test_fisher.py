@@ -2,45 +2,16 @@
 
 import pytest
 import torch
+from gradients import gradients_one_by_one, some_pairs
 
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting
 from unwrite.forgetting.fisher import fisher_diagonal
 from unwrite.forgetting.per_example import visit_gradients
 from unwrite.model import Model
-from unwrite.training import Pair, row_losses
+from unwrite.training import row_losses
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "bloom", "opt", "qwen3", "gemma", "mistral")
-
-
-def some_pairs(world, count=7):
-    # Answers of one and of several tokens, prompts of several lengths.
-    edits = world.edits[:: len(world.edits) // count][:count]
-    return [
-        Pair(edit.prompt, edit.new if number % 2 else f"{edit.new} {edit.old} {edit.subject}")
-        for number, edit in enumerate(edits)
-    ]
-
-
-def gradients_one_by_one(model, pairs):
-    """Each example's gradient by file name, by one backward pass an example."""
-    parameters = dict(model.network.named_parameters(remove_duplicate=False))
-    model.network.requires_grad_(True)
-    found = []
-    for pair in pairs:
-        model.network.zero_grad()
-        sequence = [model.tokens(pair.prompt, pair.answer)]
-        row_losses(model.network, sequence, model.device).sum().backward()
-        found.append(
-            {
-                file: torch.zeros_like(parameters[name])
-                if parameters[name].grad is None
-                else parameters[name].grad.clone()
-                for file, name in model.names.items()
-            }
-        )
-    model.network.zero_grad()
-    return found
 
 
 def close(found, expected, scale=1e-5):

@@ -15,7 +15,6 @@ any other way is given to autograd, one example at a time: right for every netwo
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,8 @@ from unwrite.errors import BadSetting
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 
 POSITIONS_PER_BATCH = 1024  # positions (rows x length): bounds what a batch holds
-BLOCK = 1 << 18  # numbers of per-example gradients at once: 1 MB, which stays in the cache
+BLOCK = 1 << 17  # numbers of one example's gradient at once: 0.5 MB, which stays in the cache
+FEW = 4  # positions up to which products of pairs are cheaper than forming a gradient
 
 
 @dataclass
@@ -35,6 +35,23 @@ class _Outer:
 
     left: torch.Tensor  # (batch, positions, p)
     right: torch.Tensor  # (batch, positions, q)
+
+    def squared(self) -> _Outer:
+        """The squares of the gradients, element by element, in the same form: the square of a sum
+        of outer products is a sum over pairs of positions of outer products."""
+        count = self.left.shape[1]
+        one, other = torch.triu_indices(count, count, device=self.left.device)
+        twice = torch.where(one == other, 1.0, 2.0).to(self.left.dtype)[:, None]
+        left = self.left[:, one] * self.left[:, other] * twice
+        return _Outer(left, self.right[:, one] * self.right[:, other])
+
+    def products(self, weight: torch.Tensor) -> torch.Tensor:
+        """``<weight, gradient>`` of every example, (batch,), without forming a gradient."""
+        return ((self.right @ weight.t()) * self.left).sum(dim=(1, 2)).double()
+
+    def rows(self, example: int, chosen: torch.Tensor) -> torch.Tensor:
+        """Some rows of one example's gradient, (chosen, q)."""
+        return self.left[example][:, chosen].t() @ self.right[example]
 
 
 @dataclass
@@ -49,7 +66,8 @@ class _Lookup:
 class Gradients:
     """The gradients of one tensor for the examples of a batch, in the form in which they came.
 
-    ``dense`` holds what was computed in full, (batch, *shape); the rest is kept in factors.
+    The gradient of an example is the sum of ``dense`` (batch, *shape), of the products in ``outer``
+    and of the rows in ``lookups``.
     """
 
     shape: tuple[int, ...]
@@ -69,64 +87,22 @@ class Gradients:
             sum(both[1:], both[0]) if both else None,
         )
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All gradients, some rows of the tensor at a time: the rows, and (batch, rows x rest).
-
-        What is given may be changed by the taker; it is computed anew for the next rows.
-        """
-        height, width = self.shape[0], math.prod(self.shape[1:])
-        step = max(1, BLOCK // (self.size * width))
-        outer = [(one.left.transpose(1, 2), one.right) for one in self.outer]
-        lookups = [_by_row(one) for one in self.lookups]
-        dense = None if self.dense is None else self.dense.reshape(self.size, height, width)
-        origin = next(
-            iter([*(o.left for o in self.outer), *(t.values for t in self.lookups)]), dense
-        )
-        for start in range(0, height, step):
-            rows = slice(start, min(start + step, height))
-            count = rows.stop - rows.start
-            block: torch.Tensor | None = None
-            for left, right in outer:
-                here = torch.bmm(left[:, rows], right)
-                block = here if block is None else block.add_(here)
-            if dense is not None:
-                block = dense[:, rows].clone() if block is None else block.add_(dense[:, rows])
-            if block is None:
-                assert origin is not None
-                block = origin.new_zeros((self.size, count, width))
-            for ids, examples, values in lookups:
-                first, last = torch.searchsorted(ids, ids.new_tensor([start, rows.stop])).tolist()
-                place = (examples[first:last], ids[first:last] - start)
-                block.index_put_(place, values[first:last], accumulate=True)
-            yield rows, block.view(self.size, count * width)
-
-    def touched(self) -> torch.Tensor | None:
-        """Rows of the tensor outside of which all gradients are zero; ``None`` for all rows."""
-        if self.outer or self.dense is not None:
-            return None
-        return torch.cat([one.ids.flatten() for one in self.lookups]).unique()
-
-    def compact(self) -> tuple[torch.Tensor | None, Gradients]:
-        """The same gradients restricted to the rows ``touched``, with those rows' numbers."""
-        kept = self.touched()
-        if kept is None:
-            return None, self
-        moved = [_Lookup(torch.searchsorted(kept, one.ids), one.values) for one in self.lookups]
-        return kept, Gradients((len(kept), *self.shape[1:]), self.size, lookups=moved)
-
     def add_squares_to(self, total: torch.Tensor) -> None:
         """Add the sum over the examples of the squared gradient to ``total`` (the tensor's shape,
         fp32, contiguous)."""
-        kept, own = self.compact()
-        flat = total.view(total.shape[0], -1)
-        for rows, block in own.blocks():
-            if kept is None:
-                part = flat[rows].view(-1)
-                for one in block:
-                    part.addcmul_(one, one)
-            else:
-                squares = block.square_().sum(dim=0).view(rows.stop - rows.start, -1)
-                flat.index_add_(0, kept[rows], squares)
+        whole = self._product()
+        if whole is not None and self._is_narrow(whole):
+            squares = whole.squared()
+            total.addmm_(squares.left.flatten(0, 1).t(), squares.right.flatten(0, 1))
+        elif whole is not None:
+            for _, rows, block in _blocks(whole):
+                total[rows].addcmul_(block, block)
+        elif self.dense is not None:
+            total += self.dense.square().sum(dim=0)
+        for example, rows_of, found in self._table_rows():
+            before = None if whole is None else whole.rows(example, rows_of)
+            change = found.square() if before is None else found.square() + 2 * before * found
+            total.index_add_(0, rows_of, change)
 
     def products(
         self, linear: torch.Tensor, quadratic: torch.Tensor
@@ -135,18 +111,30 @@ class Gradients:
 
         Both weights have the tensor's shape. Blocks are summed in fp32, their sums in fp64.
         """
-        kept, own = self.compact()
-        weights = [one.reshape(self.shape[0], -1) for one in (linear, quadratic)]
-        sums = torch.zeros((3, self.size), dtype=torch.float64, device=linear.device)
-        for rows, block in own.blocks():
-            first, second = (
-                one[rows if kept is None else kept[rows]].reshape(-1) for one in weights
-            )
-            sums[0] += block @ first
-            block.square_()
-            sums[1] += block @ second
-            sums[2] += block.sum(dim=1)
-        return sums[0], sums[1], sums[2]
+        second, third = torch.zeros((2, self.size), dtype=torch.float64, device=linear.device)
+        whole = self._product()
+        if whole is not None:
+            # Between positions only: |sum of outer products|^2 is a sum of products of their dots.
+            dots = (whole.left @ whole.left.mT) * (whole.right @ whole.right.mT)
+            third += dots.sum(dim=(1, 2))
+            if self._is_narrow(whole):
+                second += whole.squared().products(quadratic)
+            else:
+                for example, rows, block in _blocks(whole):
+                    second[example] += torch.dot(
+                        block.square_().view(-1), quadratic[rows].reshape(-1)
+                    )
+        elif self.dense is not None:
+            squares = self.dense.reshape(self.size, -1).square()
+            second += squares @ quadratic.reshape(-1)
+            third += squares.sum(dim=1)
+        for example, rows_of, found in self._table_rows():
+            change = found.square()
+            if whole is not None:
+                change += 2 * whole.rows(example, rows_of) * found
+            second[example] += (change * quadratic[rows_of]).sum()
+            third[example] += change.sum()
+        return self.first_products(linear), second, third
 
     def first_products(self, linear: torch.Tensor) -> torch.Tensor:
         """``<linear, g>`` for every example, (batch,) in fp64, without forming any gradient.
@@ -155,21 +143,54 @@ class Gradients:
         """
         sums = torch.zeros(self.size, dtype=torch.float64, device=linear.device)
         for use in self.outer:
-            moved = use.right @ linear.t()
-            sums += (moved * use.left).sum(dim=(1, 2))
+            sums += use.products(linear)
         for table in self.lookups:
             sums += (linear[table.ids] * table.values).sum(dim=(1, 2))
         if self.dense is not None:
             sums += self.dense.reshape(self.size, -1) @ linear.reshape(-1)
         return sums
 
+    def _product(self) -> _Outer | None:
+        """All uses as a product, one behind the other along the positions."""
+        if len(self.outer) < 2:
+            return self.outer[0] if self.outer else None
+        return _Outer(
+            torch.cat([one.left for one in self.outer], dim=1),
+            torch.cat([one.right for one in self.outer], dim=1),
+        )
 
-def _by_row(one: _Lookup) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The lookups of a table sorted by its rows: ids, examples (n,) and values (n, width)."""
-    batch, positions = one.ids.shape
-    examples = torch.arange(batch, device=one.ids.device).repeat_interleave(positions)
-    ids, order = one.ids.flatten().sort(stable=True)
-    return ids, examples[order], one.values.flatten(0, 1)[order]
+    @staticmethod
+    def _is_narrow(whole: _Outer) -> bool:
+        return whole.left.shape[1] <= FEW
+
+    def _table_rows(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """For each example the distinct rows looked up, (rows,), and their gradients, (rows, q)."""
+        if not self.lookups:
+            return
+        ids = torch.cat([one.ids for one in self.lookups], dim=1)
+        values = torch.cat([one.values for one in self.lookups], dim=1)
+        for example in range(self.size):
+            rows, places = ids[example].unique(return_inverse=True)
+            found = values.new_zeros((len(rows), values.shape[-1]))
+            yield example, rows, found.index_add_(0, places, values[example])
+
+
+def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Every example's gradient some rows at a time: example, rows, and (rows, q).
+
+    Rows by rows and not example by example, so that what is done with them stays in the cache. The
+    block may be changed; its memory is used again.
+    """
+    size, _, height = whole.left.shape
+    width = whole.right.shape[2]
+    step = max(1, BLOCK // width)
+    room = whole.right.new_empty((min(step, height), width))
+    for start in range(0, height, step):
+        rows = slice(start, min(start + step, height))
+        block = room[: rows.stop - start]
+        for example in range(size):
+            torch.mm(whole.left[example, :, rows].t(), whole.right[example], out=block)
+            yield example, rows, block
 
 
 # Called for every tensor of every batch with its file name, its gradients, and the batch's indices.
