@@ -14,7 +14,19 @@ PACKAGE = Path(unwrite.__file__).parent
 
 # One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
 LAYERS = [
-    {"errors", "files", "progress", "formats", "edits", "prompts", "data", "forgetting.examples"},
+    {
+        "errors",
+        "files",
+        "progress",
+        "formats",
+        "edits",
+        "prompts",
+        "data",
+        "tasks",
+        "task_bank",
+        "task_words",
+        "forgetting.examples",
+    },
     {
         "forgetting.matrix",
         "forgetting.completion",
@@ -111,6 +123,12 @@ SIDEWAYS = {
     ("edits", "formats"),
     ("edits", "data"),
     ("prompts", "errors"),
+    ("tasks", "errors"),
+    ("tasks", "files"),
+    ("tasks", "formats"),
+    ("tasks", "task_bank"),
+    ("task_bank", "edits"),
+    ("task_bank", "task_words"),
     ("prompts", "formats"),
     ("weights", "tensorfile"),
     ("delta", "weights"),
