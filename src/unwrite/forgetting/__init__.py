@@ -10,12 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from unwrite.forgetting.collection import append_update, collect
     from unwrite.forgetting.completion import Additive, ExampleMean, Prediction, Random, TaskMean
     from unwrite.forgetting.design import d_optimal
+    from unwrite.forgetting.examples import UpstreamExample, read_examples
     from unwrite.forgetting.factorization import Factorization, NuclearNorm
     from unwrite.forgetting.logistic import LogisticFactorization, PublishedLogistic
     from unwrite.forgetting.matrix import ForgettingMatrix
+    from unwrite.forgetting.measurement import measure, measure_right, settle
     from unwrite.forgetting.neighbours import Neighbours
+    from unwrite.forgetting.online import OnlineReplay
     from unwrite.forgetting.protocol import Trial, evaluate
     from unwrite.forgetting.published import PublishedFactorization, PublishedNeighbours
     from unwrite.forgetting.replay import Mixture, ReplayPolicy, ReplaySampler
@@ -29,6 +33,7 @@ _WHERE = {
     "Mixture": "replay",
     "Neighbours": "neighbours",
     "NuclearNorm": "factorization",
+    "OnlineReplay": "online",
     "Prediction": "completion",
     "PublishedFactorization": "published",
     "PublishedLogistic": "logistic",
@@ -38,8 +43,15 @@ _WHERE = {
     "ReplaySampler": "replay",
     "TaskMean": "completion",
     "Trial": "protocol",
+    "UpstreamExample": "examples",
+    "append_update": "collection",
+    "collect": "collection",
     "d_optimal": "design",
     "evaluate": "protocol",
+    "measure": "measurement",
+    "measure_right": "measurement",
+    "read_examples": "examples",
+    "settle": "measurement",
 }
 
 __all__ = [
@@ -51,6 +63,7 @@ __all__ = [
     "Mixture",
     "Neighbours",
     "NuclearNorm",
+    "OnlineReplay",
     "Prediction",
     "PublishedFactorization",
     "PublishedLogistic",
@@ -60,8 +73,15 @@ __all__ = [
     "ReplaySampler",
     "TaskMean",
     "Trial",
+    "UpstreamExample",
+    "append_update",
+    "collect",
     "d_optimal",
     "evaluate",
+    "measure",
+    "measure_right",
+    "read_examples",
+    "settle",
 ]
 
 
