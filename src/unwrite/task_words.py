@@ -107,6 +107,12 @@ SURNAMES = (
     "Adler Brook Carter Dale Ellis Foster Grant Hale Irving Jensen Keller Lang Moore Norton Ortega "
     "Price Quill Reed Stone Turner Vance Walker Young"
 )
+THINGS = "apples books coins marbles stamps eggs pencils shells"
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 MONTHS = "January February March April May June July August September October November December"
 
 # Sentences about a thing, by the feeling they express; {} is the thing.
@@ -131,7 +137,7 @@ REVIEWED = (
 # Sentences by what they are about; {} is a person.
 TOPICS = {
     "sports": "{} scored twice before half-time.|{} ran the marathon in three hours.|{} trains "
-    "with the team on Mondays.|The referee showed {} a red card.|{} won the tennis match in two sets.",
+    "with the team on Mondays.|The referee showed {} a red card.|{} won at tennis in two sets.",
     "cooking": "{} chops the onions for the soup.|{} lets the dough rest for an hour.|{} added too "
     "much salt to the stew.|The cake that {} baked needs more sugar.|{} fries the eggs in butter.",
     "weather": "{} forgot the umbrella and it poured.|The storm kept {} awake all night.|{} hopes "

@@ -1,34 +1,20 @@
-"""What learning makes a model forget: measured, forecast, and kept from happening.
+"""What fine-tuning makes a model forget: on purpose, and as damage to predict and prevent.
 
-Every name is imported from its module when first used, so that forecasts work without loading
-transformers.
+Names are imported from their modules when first used, so that the package itself is instant.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from unwrite.forgetting.collection import append_update, collect
-    from unwrite.forgetting.completion import Additive, ExampleMean, Prediction, Random, TaskMean
-    from unwrite.forgetting.design import d_optimal
-    from unwrite.forgetting.examples import UpstreamExample, read_examples
-    from unwrite.forgetting.factorization import Factorization, NuclearNorm
-    from unwrite.forgetting.logistic import LogisticFactorization, PublishedLogistic
-    from unwrite.forgetting.matrix import ForgettingMatrix
-    from unwrite.forgetting.measurement import measure, measure_right, settle
-    from unwrite.forgetting.neighbours import Neighbours
-    from unwrite.forgetting.online import OnlineReplay
-    from unwrite.forgetting.protocol import Trial, evaluate
-    from unwrite.forgetting.published import PublishedFactorization, PublishedNeighbours
-    from unwrite.forgetting.replay import Mixture, ReplayPolicy, ReplaySampler
+from typing import Any
 
 _WHERE = {
     "Additive": "completion",
+    "Confidence": "confidence",
     "ExampleMean": "completion",
     "Factorization": "factorization",
     "ForgettingMatrix": "matrix",
+    "GracefulForgetting": "graceful",
     "LogisticFactorization": "logistic",
     "Mixture": "replay",
     "Neighbours": "neighbours",
@@ -48,48 +34,20 @@ _WHERE = {
     "collect": "collection",
     "d_optimal": "design",
     "evaluate": "protocol",
+    "fisher_diagonal": "fisher",
+    "forgetting_confidence": "confidence",
     "measure": "measurement",
     "measure_right": "measurement",
     "read_examples": "examples",
+    "select": "confidence",
+    "self_generate": "self_generation",
     "settle": "measurement",
 }
 
-__all__ = [
-    "Additive",
-    "ExampleMean",
-    "Factorization",
-    "ForgettingMatrix",
-    "LogisticFactorization",
-    "Mixture",
-    "Neighbours",
-    "NuclearNorm",
-    "OnlineReplay",
-    "Prediction",
-    "PublishedFactorization",
-    "PublishedLogistic",
-    "PublishedNeighbours",
-    "Random",
-    "ReplayPolicy",
-    "ReplaySampler",
-    "TaskMean",
-    "Trial",
-    "UpstreamExample",
-    "append_update",
-    "collect",
-    "d_optimal",
-    "evaluate",
-    "measure",
-    "measure_right",
-    "read_examples",
-    "settle",
-]
+__all__ = [*_WHERE]
 
 
 def __getattr__(name: str) -> Any:
     if name in _WHERE:
         return getattr(importlib.import_module(f"unwrite.forgetting.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'unwrite.forgetting' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("__"))]
