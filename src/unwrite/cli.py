@@ -6,18 +6,21 @@ nothing was committed; 130 interrupted, nothing half-done.
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unwrite.cli_forgetting import app as forgetting_app
 from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
-from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
-from unwrite.files import readable_size, speaking_of_disk
+from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
+from unwrite.files import readable_size
+from unwrite.verb import RESUMABLE as _RESUMABLE
+from unwrite.verb import pairs as _pairs
+from unwrite.verb import verb as _verb
 
 if TYPE_CHECKING:
     from unwrite.edits import Edits
@@ -30,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(forgetting_app, name="forgetting")
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[
@@ -592,29 +597,6 @@ def main() -> None:
 # ---- shared by the verbs ---------------------------------------------------------------------
 
 
-_COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
-_RESUMABLE = "What is finished is kept; the same command goes on from there."
-
-
-@contextlib.contextmanager
-def _verb(as_json: bool, interrupted: str = _COMMITTED) -> Iterator[Terminal]:
-    """Errors for people end with their sentence and exit code, without a traceback."""
-    out = Terminal(as_json)
-    try:
-        with speaking_of_disk("finish this"):
-            yield out
-    except UnwriteError as error:
-        out.fail(str(error))
-        out.result({"error": str(error)})
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        out.fail(f"Interrupted. {interrupted}")
-        raise typer.Exit(130) from None
-    except MemoryError:
-        out.fail("The memory of this machine ran out; nothing was changed.")
-        raise typer.Exit(2) from None
-
-
 def _terminate(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -642,18 +624,6 @@ def _known(facts: Edits, home: Home, out: Terminal) -> Edits:
     known = read_edits(facts, known_to=home.model())
     out.say(f"The model knows {len(known)} of the {known.asked} facts asked; those are used.")
     return known
-
-
-def _pairs(settings: list[str], option: str = "--set") -> dict[str, str]:
-    pairs = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise BadSetting(f"{option} takes KEY=VALUE, not {setting!r}.")
-        if key in pairs:
-            raise BadSetting(f"{option} {key} is given twice.")
-        pairs[key] = value
-    return pairs
 
 
 def _split(text: str) -> list[str]:

@@ -169,6 +169,10 @@ class Home:
         """
         return self._model_with(self.ledger.live(at))
 
+    def model_before(self, update: str) -> Model:
+        """The model as it was right before an update (the object that ``model`` returns)."""
+        return self._model_with([one for one in self.ledger.live(update) if one != update])
+
     def _model_with(self, live: Sequence[str]) -> Model:
         live = list(live)
         if self._model is None:
