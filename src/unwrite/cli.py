@@ -374,6 +374,18 @@ TokenOnly = Annotated[
 ]
 ModeOption = Annotated[str, typer.Option(help="batch, sequential (with --chunk) or single.")]
 Chunk = Annotated[int | None, typer.Option(help="Edits in one sequential step.", min=1)]
+NeighbourMetrics = Annotated[
+    bool,
+    typer.Option("--neighbour-metrics", help="Also the scores of ROME and EasyEdit, as named."),
+]
+Robust = Annotated[
+    str,
+    typer.Option(
+        help="Score each state again after: save-reload, bf16, int8, int4, chat, relearn:STEPS, "
+        "with commas.",
+        metavar="CHECK,...",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda; default: the GPU if there is one.")]
 
 
@@ -405,6 +417,8 @@ def compare(
     token_only: TokenOnly = False,
     mode: ModeOption = "batch",
     chunk: Chunk = None,
+    neighbour_metrics: NeighbourMetrics = False,
+    robust: Robust = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
@@ -430,6 +444,8 @@ def compare(
             only_known=only_known,
             exact=not token_only,
             chunk=chunk,
+            neighbour_metrics=neighbour_metrics,
+            robust=_split(robust),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -461,6 +477,8 @@ def sweep(
     token_only: TokenOnly = False,
     mode: ModeOption = "batch",
     chunk: Chunk = None,
+    neighbour_metrics: NeighbourMetrics = False,
+    robust: Robust = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
@@ -483,6 +501,8 @@ def sweep(
             only_known=only_known,
             exact=not token_only,
             chunk=chunk,
+            neighbour_metrics=neighbour_metrics,
+            robust=_split(robust),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,

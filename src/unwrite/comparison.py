@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ import torch
 
 from unwrite import base as bases
 from unwrite import cell as cells
-from unwrite import grid, methods, tables
+from unwrite import grid, methods, robustness, tables
 from unwrite.base import Base
 from unwrite.bench import Bench
 from unwrite.delta import Delta
@@ -90,6 +90,8 @@ def compare(
     exact: bool = True,
     mode: Mode = "batch",
     chunk: int | None = None,
+    neighbour_metrics: bool = False,
+    robust: Sequence[str] = (),
     trust_remote_code: bool = False,
     device: str | None = None,
     progress: Reporter | None = None,
@@ -104,7 +106,10 @@ def compare(
     use, of those records, the facts that the base answers with ``old``. ``references``: rows in
     brackets beside the methods (see ``unwrite.reference``). ``exact=False``: no free generation,
     exact scores are null. ``mode``: all edits in one update (``"batch"``), ``chunk`` by ``chunk``
-    (``"sequential"``), or each alone (``"single"``).
+    (``"sequential"``), or each alone (``"single"``). ``neighbour_metrics``: also the scores of
+    ROME and EasyEdit, under their names (see ``unwrite.neighbour_metrics``). ``robust``: score each
+    state again after what may happen to it: ``save-reload``, ``bf16``, ``int8``, ``int4``,
+    ``chat``, ``relearn:STEPS`` (see ``unwrite.robustness``; not with single edits).
 
     What ``out`` has already is not computed again; more methods, seeds, sizes and edit sets may be
     added to it. A method that fails in a cell is noted there, the others go on, and the next call
@@ -118,6 +123,14 @@ def compare(
     chosen = grid.named_methods(methods)
     seeds, sizes = grid.check_numbers(seeds, sizes)
     protocol = _protocol(plant, plant_lr, only_known, offset, mode, chunk, exact)
+    protocol = replace(
+        protocol, neighbour_metrics=bool(neighbour_metrics), robust=robustness.checked(robust)
+    )
+    if mode == "single" and protocol.robust:
+        raise BadSetting(
+            "Robustness is that of one state, and single edits make a state each. Use the mode "
+            "batch or sequential, or leave out the checks."
+        )
     chosen = _with_references(references, chosen, mode)
     sets = grid.edit_sets(edits, offset)
     if plant:
@@ -223,6 +236,7 @@ class _Run:
                 progress=self.progress,
             )
             self._bench = Bench(model, self.base, self.asked.protocol)
+            self._bench.trust_remote_code = self.trust_remote_code
         return self._bench
 
     def check(self) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,14 +183,20 @@ class Model:
         return fingerprint(self.base)
 
     @torch.no_grad()
-    def become(self, deltas: Sequence[Delta]) -> None:
+    def become(
+        self,
+        deltas: Sequence[Delta],
+        finish: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Make the network the state ``round_once(base + sum of deltas)``, tensor by tensor.
 
-        This is what a home commits and what its scores are taken on. Holds a few tensors.
+        This is what a home commits and what its scores are taken on. ``finish`` gets each composed
+        tensor by its file name and gives back what is taken instead of it. Holds a few tensors.
         """
         base, weights = self.base, self.weights
         for name in weights:
-            weights[name].copy_(compose(base, deltas, name))
+            tensor = compose(base, deltas, name)
+            weights[name].copy_(tensor if finish is None else finish(name, tensor))
 
     @contextlib.contextmanager
     def shifted(self, delta: Delta) -> Iterator[Model]:
