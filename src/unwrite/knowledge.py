@@ -25,14 +25,15 @@ SHOWN = ("reliability", "generality", "portability", "locality")  # the roles, i
 @dataclass(frozen=True)
 class Answer:
     """One line of the knowledge diff; ``verdict`` is right, wrong or still old, of bystanders same
-    or moved. ``matched`` of ``tokens`` answer tokens are right (of bystanders: as before)."""
+    or moved. ``matched`` of ``tokens`` answer tokens are right (of bystanders: as before). Answers
+    that were not generated are None; the verdict is then that of the tokens."""
 
     verdict: str
     role: str
     prompt: str
-    before: str
-    after: str
-    expected: str
+    before: str | None
+    after: str | None
+    expected: str | None
     matched: int
     tokens: int
 
@@ -65,19 +66,30 @@ def answers(before: Sequence[Row], after: Sequence[Row]) -> list[Answer]:
     found = []
     for row in (row for row in after if row["role"] in SHOWN):
         was, role, expected = earlier[key(row)], row["role"], row["target"]
-        said, replied = answer_in(was["text"]), answer_in(row["text"])
+        said, replied = (
+            None if one["text"] is None else answer_in(one["text"]) for one in (was, row)
+        )
         if role == "locality":
-            verdict, expected = "same" if said == replied else "moved", said
-            matched = sum(a == b for a, b in zip(was["predicted"], row["predicted"], strict=True))
+            pairs = list(zip(was["predicted"], row["predicted"], strict=True))
+            matched = sum(a == b for a, b in pairs)
+            kept = matched == len(pairs) if replied is None else said == replied
+            verdict, expected = "same" if kept else "moved", said
         else:
-            kept = role != "portability" and says(row["text"], old.get(row["edit"], ""))
-            wrong = "still old" if kept else "wrong"
-            verdict = "right" if says(row["text"], expected) else wrong
             matched = row["matched_tokens"]
+            verdict = _verdict(row, None if role == "portability" else old.get(row["edit"]))
         said, replied, expected = (plain(text, ANSWER) for text in (said, replied, expected))
         prompt, tokens = plain(row["prompt"], PROMPT), row["target_tokens"]
         found.append(Answer(verdict, role, prompt, said, replied, expected, matched, tokens))
     return sorted(found, key=lambda answer: SHOWN.index(answer.role))
+
+
+def _verdict(row: Row, old: str | None) -> str:
+    """Right, wrong or still old; without a free answer, by the tokens of the forced one."""
+    if row["text"] is None:
+        return "right" if row["matched_tokens"] == row["target_tokens"] else "wrong"
+    if says(row["text"], row["target"]):
+        return "right"
+    return "still old" if old is not None and says(row["text"], old) else "wrong"
 
 
 def grouped(found: Sequence[Answer], budget: int) -> list[Group]:
@@ -89,15 +101,27 @@ def grouped(found: Sequence[Answer], budget: int) -> list[Group]:
         ("As wanted", ("right", "same")),
     ):
         members = [answer for answer in found if answer.verdict in verdicts]
+        shown = list(Counter(members).items())[:room]
+        room -= len(shown)
+        if members:
+            groups.append(Group(title, len(members), _rest(len(members), shown), shown))
+    return cut(groups, budget)
+
+
+def cut(groups: Sequence[Group], budget: int) -> list[Group]:
+    """The groups with as many of their first rows as fit into a budget of bytes on the page."""
+    found = []
+    for group in groups:
         shown: list[tuple[Answer, int]] = []
-        for answer, times in Counter(members).items():
-            texts = (answer.prompt, answer.before, answer.after, answer.expected)
+        for answer, times in group.answers:
+            texts = (answer.prompt, answer.before or "", answer.after or "", answer.expected or "")
             budget -= 350 + sum(len(escape(text).encode()) for text in texts)  # 350: the tags
-            if budget < 0 or room == 0:
+            if budget < 0:
                 break
             shown.append((answer, times))
-            room -= 1
-        if members:
-            left_out = len(members) - sum(times for _, times in shown)
-            groups.append(Group(title, len(members), left_out, shown))
-    return groups
+        found.append(Group(group.title, group.total, _rest(group.total, shown), shown))
+    return found
+
+
+def _rest(total: int, shown: Sequence[tuple[Answer, int]]) -> int:
+    return total - sum(times for _, times in shown)
