@@ -13,6 +13,7 @@ import json
 import re
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,12 +23,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unwrite import heatmap, knowledge, where
 from unwrite import report as reporting
-from unwrite import where
 from unwrite.errors import BadSetting, DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json, write_jsonl
+from unwrite.heatmap import heat_map, whereabouts
+from unwrite.knowledge import Answer, answers
 from unwrite.ledger import Ledger
-from unwrite.report import Answer, answers, heat_map, plain, render, whereabouts, write_report
+from unwrite.page import plain
+from unwrite.report import render, write_report
 from unwrite.scores import ROLES, as_json, score
 from unwrite.where import located, percent
 
@@ -346,7 +350,7 @@ def test_a_bystander_of_several_edits_is_one_row():
     before = [row(f"e{n}", "locality", "A pear is a", "fruit", "fruit", True) for n in range(3)]
     found = answers(before, before)
     assert found == [Answer("same", "locality", "A pear is a", *["fruit"] * 3, 2, 2)] * 3
-    (group,) = reporting._grouped(found, 10_000)
+    (group,) = knowledge.grouped(found, 10_000)
     assert group.answers == [(found[0], 3)]
     assert (group.total, group.left_out) == (3, 0)
 
@@ -369,7 +373,7 @@ def test_observations_of_different_questions_are_refused():
 def test_long_diffs_are_cut_and_say_so(tmp_path):
     page = page_of(make_home(tmp_path / "home", [facts(400, wrong=3, moved=2)]))  # 1,200 rows
     marks = [cells[0] for cells in page.rows if len(cells) == 7][1:]
-    assert len(marks) == reporting.ROWS
+    assert len(marks) == knowledge.ROWS
     assert marks[:8] == ["✗ still old"] * 6 + ["✗ moved"] * 2
     assert "800 more are left out here" in page.text
 
@@ -377,7 +381,7 @@ def test_long_diffs_are_cut_and_say_so(tmp_path):
 def test_the_worst_home_stays_below_three_megabytes(tmp_path):
     before, after = facts(40, wrong=20, moved=40)
     for number, one in enumerate(after):
-        one["text"] = f"{number}" + '"' * reporting.ANSWER
+        one["text"] = f"{number}" + '"' * knowledge.ANSWER
     _, places = shares(blocks=126)
     home = make_home(
         tmp_path / "home",
@@ -397,7 +401,7 @@ def test_the_worst_home_stays_below_three_megabytes(tmp_path):
 def test_the_budget_of_bytes_holds_for_any_text():
     answer = Answer("wrong", "reliability", '"' * 300, '"' * 200, '"' * 200, '"' * 200, 0, 1)
     many = [answer, *(Answer(**{**asdict(answer), "tokens": n}) for n in range(2, 300))]
-    (group,) = reporting._grouped(many, 100_000)
+    (group,) = knowledge.grouped(many, 100_000)
     assert len(group.answers) == 100_000 // (350 + 5 * 900)
     assert group.left_out == len(many) - len(group.answers)
 
@@ -440,7 +444,7 @@ def harmless_tags(tmp_path_factory) -> list[str]:
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 def test_no_text_changes_the_structure(tmp_path_factory, harmless_tags, text):
     folder = tmp_path_factory.mktemp("home")
-    if not reporting.answer_in(text):
+    if not knowledge.answer_in(text):
         text = "x" + text
     page = page_of(hostile_home(folder / "home", text))
     assert tags_of(page) == harmless_tags
@@ -455,7 +459,7 @@ def test_plain_hides_nothing_and_keeps_its_length(text, limit):
         c.isprintable()
         or c in "\u200c\u200d\u00ad\u00a0\u3000"
         or c.isspace()
-        or reporting.unicodedata.category(c) in ("Cn", "Zs")
+        or unicodedata.category(c) in ("Cn", "Zs")
         for c in shown
     )
     assert not re.search("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown)
@@ -505,7 +509,7 @@ def test_heat_map_shares():
     assert heat.kinds == ["embedding", *KINDS]
     assert [label for label, _, _ in heat.rows] == ["0", "1", "2", "outside"]
     assert [total for _, _, total in heat.rows] == [0.0, 0.75, 0.0, 0.25]
-    assert heat.rows[1][1][heat.kinds.index("down")] == (0.75, reporting.SHADES)
+    assert heat.rows[1][1][heat.kinds.index("down")] == (0.75, heatmap.SHADES)
     assert heat.rows[1][1][0] is None, "no embedding inside a block"
     assert heat.rows[0][1][1] == (0.0, 0), "a tensor that did not change"
     assert heat.summary == (
@@ -529,7 +533,7 @@ def test_heat_map_is_a_division_of_one(norms):
     cells = [cell for _, row_cells, _ in heat.rows for cell in row_cells if cell]
     assert sum(share for share, _ in cells) == pytest.approx(1)
     assert sum(heat.totals) == pytest.approx(1)
-    assert {shade for _, shade in cells} <= set(range(reporting.SHADES + 1))
+    assert {shade for _, shade in cells} <= set(range(heatmap.SHADES + 1))
     assert all(shade > 0 for share, shade in cells if share > 0)
     assert all(share == 0 for share, shade in cells if shade == 0)
 
@@ -706,11 +710,13 @@ def luminance(colour: Sequence[float]) -> float:
 
 def test_contrast_is_enough_in_every_scheme():
     """WCAG AA, 4.5 to 1, for text on the page, on the quiet ground and on every shade of heat."""
-    source = Path(reporting.__file__).with_name("report.html.jinja").read_text("utf-8")
+    source = (
+        Path(reporting.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
+    )
     schemes = re.findall(r":root \{([^}]*)\}", source)
     ramp = re.findall(r"var\(--accent\) (\d+)%, var\(--paper\)\); color: var\(--([\w-]+)\)", source)
     assert len(schemes) == 3, "light, dark, print"
-    assert len(ramp) == reporting.SHADES
+    assert len(ramp) == heatmap.SHADES
     for scheme in schemes:
         names = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6}|var\(--[\w-]+\));", scheme))
 

@@ -425,8 +425,8 @@ def compare(
 ) -> None:
     """Methods side by side on the same facts; goes on where it was interrupted.
 
-    RUN/table.md, table.csv and table.json are rewritten after every method. The same command again
-    computes only what is missing; more methods, seeds, limits and edit sets can be added.
+    RUN/report.html, table.md, table.csv and table.json are rewritten after every method. The same
+    command again computes only what is missing; methods, seeds, limits and edit sets can be added.
     """
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
@@ -512,21 +512,19 @@ def sweep(
 
 @app.command()
 def report(
-    home: HomeArgument,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a home or of a comparison.", metavar="RUN_OR_HOME")
+    ],
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a home (default: HOME/report.html)."""
+    """Write one self-contained HTML page about a home or a comparison (default: in its folder)."""
     with _verb(as_json) as out:
+        from unwrite import report as of_home
+        from unwrite import run_report as of_run
         from unwrite.grid import is_run
-        from unwrite.report import write_report
 
-        if is_run(home):
-            raise BadSetting(
-                f"{home} is a comparison, and pages are made of homes only. Read its tables, such "
-                f"as {home / 'table.md'}."
-            )
-        path = write_report(home, out_file)
+        path = (of_run if is_run(folder) else of_home).write_report(folder, out_file)
         out.data(str(path))
         out.result({"report": str(path)})
 
@@ -677,6 +675,7 @@ def _show_comparison(out: Terminal, found: Any) -> None:
     for one in found.failed:
         out.warn(f"{one['method']} on {one['edits']} failed: {one['error']}")
     out.say(f"All figures, before and after, with intervals: {found.folder / 'table.md'}")
+    out.say(f"The same as a page, with what every method said: {found.folder / 'report.html'}")
     out.result({"run": str(found.folder), "rows": found.rows, "failed": found.failed})
 
 

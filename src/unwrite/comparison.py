@@ -6,6 +6,7 @@
       starts/…                  one for each edit set and size: records, planted delta, observations
       cells/…                   one for each method, edit set, size and seed
       table.md, .csv, .json     rewritten after every cell
+      report.html               the same on a page, with what every method said; rewritten, too
 
 A finished cell is never computed again, and an unfinished one leaves nothing that is used, so a run
 that was killed and started again gives the same numbers as one that was not.
@@ -46,6 +47,7 @@ from unwrite.model import Model
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.reference import NAMES, RandomDelta, RandomMask, references
+from unwrite.run_report import RunReport
 from unwrite.start import NAME as START
 from unwrite.start import Start, check_plantable, planting, remove_temporaries
 
@@ -217,7 +219,7 @@ class _Run:
         self.asked, self.plan = asked, asked
         self.chosen, self.progress = chosen, progress
         self.sets = {one.label: one for one in sets}
-        self.tables = tables.Tables(folder)
+        self.tables, self.report = tables.Tables(folder), RunReport(folder)
         self._bench: Bench | None = None
         self._known: dict[str, list[bool]] = {}
         self._perplexities: dict[str, float] = {}
@@ -267,7 +269,7 @@ class _Run:
             f"{len(self.asked.cells)} cells, {len(self.asked.cells) - len(todo)} of them finished."
         )
         self._drop_donors(todo)
-        self.tables.write(self.plan)
+        self._write_tables()
         failures: list[UnwriteError] = []
         bugs: list[Exception] = []
         with self.progress.stage("comparing", len(todo)) as advance:
@@ -290,12 +292,16 @@ class _Run:
                     self._note_failure(cell, f"{type(error).__name__}: {error}")
                 todo.pop(0)
                 self._drop_donors(todo)
-                self.tables.write(self.plan)
+                self._write_tables()
                 advance(1, cell.method)
         if bugs:
             raise bugs[0]
         if failures and len(failures) == len(self.asked.cells):
             raise failures[0]
+
+    def _write_tables(self) -> None:
+        self.tables.write(self.plan)
+        self.report.write()
 
     def comparison(self) -> Comparison:
         """What the run holds now."""
