@@ -71,6 +71,7 @@ LAYERS = [
         "comparison",
     },
     {"api", "console", "report"},
+    {"session", "serve"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -145,6 +146,7 @@ SIDEWAYS = {
     ("comparison", "reference"),
     ("comparison", "start"),
     ("comparison", "tables"),
+    ("serve", "session"),
     ("demo", "__init__"),
     ("__main__", "cli"),
 }
