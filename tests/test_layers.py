@@ -111,6 +111,8 @@ LAYERS = [
         "comparison",
     },
     {"api", "console", "report", "verb", "cli_forgetting"},
+    {"api", "console", "report"},
+    {"session", "serve"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -254,6 +256,7 @@ SIDEWAYS = {
     ("cli_forgetting", "api"),
     ("cli_forgetting", "console"),
     ("cli_forgetting", "verb"),
+    ("serve", "session"),
     ("demo", "__init__"),
     ("__main__", "cli"),
 }

@@ -530,6 +530,53 @@ def report(
 
 
 @app.command()
+def serve(
+    home: HomeArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine need --expose.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)
+    ] = 8642,
+    expose: Annotated[
+        bool, typer.Option("--expose", help="Let other machines in, who have the key.")
+    ] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """The report of a home, live in the browser: ask, change, commit or discard, undo."""
+    with _verb(as_json) as out:
+        try:
+            from unwrite import serve as server
+        except ModuleNotFoundError as error:
+            if error.name not in ("starlette", "uvicorn"):
+                raise
+            raise BadSetting(
+                f"'unwrite serve' needs {error.name}, which is not installed: "
+                "pip install 'unwrite[serve]'"
+            ) from None
+
+        def ready(address: str) -> None:
+            out.say(f"{home} is served at this address until Ctrl-C:")
+            out.data(address)
+            out.result({"home": str(home), "address": address})
+            sys.stdout.flush()
+
+        server.serve(
+            home,
+            host=host,
+            port=port,
+            expose=expose,
+            open_browser=open_browser,
+            trust_remote_code=trust_remote_code,
+            command=_command(),
+            on_ready=ready,
+            say=out.say,
+        )
+
+
+@app.command()
 def methods(as_json: Json = False) -> None:
     """The methods, their fields and defaults, their papers, and when to use each."""
     with _verb(as_json) as out:

@@ -58,3 +58,9 @@ class RequirementNotMet(UnwriteError):
 
     exit_code = 3
     update: Any = None
+
+
+class UpdateDiscarded(UnwriteError):
+    """The update was trained and measured, and whoever was asked to confirm it declined."""
+
+    exit_code = 3
