@@ -55,6 +55,7 @@ LAYERS = [
     },
     {
         "base",
+        "card",
         "record",
         "export",
         "home",
@@ -125,6 +126,8 @@ SIDEWAYS = {
     ("home", "export"),
     ("home", "record"),
     ("export", "base"),
+    ("export", "card"),
+    ("card", "base"),
     ("bench", "base"),
     ("bench", "grid"),
     ("start", "bench"),
