@@ -141,6 +141,7 @@ def test_ranks_add_up_and_are_told_where_they_differ(made, tmp_path):
     home = made(Factors(first_rank=3), Factors(kinds=("down",), rank=1, first_rank=1))
     folder = home.export(tmp_path / "adapter", "adapter")
     assert {file.name for file in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

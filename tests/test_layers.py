@@ -87,6 +87,7 @@ LAYERS = [
     },
     {
         "base",
+        "card",
         "record",
         "export",
         "home",
@@ -217,6 +218,8 @@ SIDEWAYS = {
     ("home", "export"),
     ("home", "record"),
     ("export", "base"),
+    ("export", "card"),
+    ("card", "base"),
     ("bench", "base"),
     ("bench", "grid"),
     ("start", "bench"),

@@ -1,7 +1,8 @@
 """Writing a state out of its home: an ordinary Hugging Face folder, or the changes alone.
 
-As an adapter, the changes are one LoRA adapter of peft, which puts them on the base at run time; so
-all of them must be of low rank, and of matrices that peft knows how to adapt.
+A model and an adapter come with a model card (``card``). As an adapter, the changes are one LoRA
+adapter of peft, which puts them on the base at run time; so all of them must be of low rank, and of
+matrices that peft knows how to adapt.
 
 The folder appears whole or not at all. Streams: holds a few tensors, whatever the model's size.
 """
@@ -19,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+from unwrite import card
 from unwrite.base import Base
 from unwrite.change import LowRank
 from unwrite.delta import Delta, compose
 from unwrite.errors import HomeError
 from unwrite.files import speaking_of_disk, sync_folder
+from unwrite.ledger import Entry
 from unwrite.model import Skeleton
 from unwrite.pretrained import Source
 from unwrite.progress import Reporter
@@ -40,6 +43,7 @@ def export_state(
     kind: str,
     base: Base,
     source: Source,
+    entries: Sequence[Entry],
     live: Sequence[str],
     deltas: Sequence[Delta],
     progress: Reporter,
@@ -48,7 +52,8 @@ def export_state(
 ) -> Path:
     """Write ``base + deltas`` to the new folder ``target`` as one of ``KINDS``.
 
-    ``source``: where the base is; ``live``: ids of the deltas. Raises ``HomeError`` when the target
+    ``source``: where the base is; ``entries``: the ledger, told in the model card; ``live``: ids of
+    the deltas. Raises ``HomeError`` when the target
     is not empty, or for an adapter when a change is not one that an adapter can hold.
     """
     if kind not in KINDS:
@@ -64,9 +69,24 @@ def export_state(
         write = partial(_write_delta, base=base, live=live, deltas=deltas)
     else:
         write = partial(_write_model, base=base, source=source, deltas=deltas, progress=progress)
+    if kind != "delta":
+        now = entries[-1].get("fingerprint", base.fingerprint)
+        write = _with_card(write, card.card(kind, base, source, entries, live, now), source)
     with speaking_of_disk(f"export to {target}"):
         _whole_or_not_at_all(target, write)
     return target
+
+
+def _with_card(write: Callable[[Path], None], text: str, source: Source) -> Callable[[Path], None]:
+    """``write``, then the model card and what the base came with about its licence."""
+
+    def written(folder: Path) -> None:
+        write(folder)
+        (folder / card.NAME).write_text(text, "utf-8")
+        for file in card.licence_files(source.folder):
+            shutil.copyfile(file, folder / file.name)
+
+    return written
 
 
 def _write_delta(folder: Path, base: Base, live: Sequence[str], deltas: Sequence[Delta]) -> None:

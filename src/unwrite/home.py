@@ -577,12 +577,14 @@ class Home:
         Raises ``HomeError`` when the folder exists and is not empty, or for ``"adapter"`` when a
         live change is not of low rank, or not of the weight of a projection.
         """
-        live = self.ledger.live()
+        ledger = self.ledger
+        live = ledger.live()
         return export_state(
             user_path(folder),
             as_,
             self.base,
             self.source,
+            ledger.entries,
             live,
             self.deltas(live),
             self.progress,

