@@ -220,7 +220,7 @@ def _reloaded(name: str, subject: Subject) -> Found:
 
     try:
         source, progress = bench.model.source, bench.model.progress
-        export_state(subject.scratch, "model", bench.base, source, (), subject.deltas, progress)
+        export_state(subject.scratch, "model", bench.base, source, (), (), subject.deltas, progress)
         rows = subject.answers(subject.before, ask)
     finally:
         shutil.rmtree(subject.scratch, ignore_errors=True)

@@ -35,9 +35,10 @@ from unwrite.errors import (
 )
 from unwrite.files import read_jsonl, speaking_of_disk
 from unwrite.home import Home
+from unwrite.knowledge import answers
+from unwrite.page import plain
 from unwrite.progress import Advance
 from unwrite.record import Update
-from unwrite.report import answers, plain
 
 SENTENCES = 50  # kept of what a job says
 ROWS = 200  # of a candidate's knowledge diff, failures first
