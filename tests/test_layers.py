@@ -50,7 +50,6 @@ LAYERS = [
         "moments",
         "values",
         "trace",
-        "forgetting",
         "forgetting.per_example",
         "forgetting.fisher",
         "forgetting.confidence",
@@ -58,6 +57,7 @@ LAYERS = [
     },
     {
         "forgetting.graceful",
+        "forgetting.penalty",
         "methods",
         "methods.probes",
         "methods.full_ft",
@@ -86,8 +86,9 @@ LAYERS = [
         "bootstrap",
         "tables",
         "comparison",
+        "finetuning",
     },
-    {"api", "console", "report"},
+    {"api", "console", "report", "forgetting", "verb", "cli_finetune"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -178,6 +179,8 @@ SIDEWAYS = {
     ("comparison", "reference"),
     ("comparison", "start"),
     ("comparison", "tables"),
+    ("verb", "console"),
+    ("cli_finetune", "verb"),
     ("demo", "__init__"),
     ("__main__", "cli"),
 }

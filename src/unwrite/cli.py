@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unwrite.cli_finetune import finetune
 from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
 from unwrite.files import readable_size, speaking_of_disk
@@ -483,6 +484,9 @@ def sweep(
             progress=out,
         )
         _show_comparison(out, found)
+
+
+app.command()(finetune)
 
 
 @app.command()
