@@ -65,7 +65,6 @@ LAYERS = [
         "moments",
         "values",
         "trace",
-        "forgetting",
         "forgetting.per_example",
         "forgetting.fisher",
         "forgetting.confidence",
@@ -73,6 +72,7 @@ LAYERS = [
     },
     {
         "forgetting.graceful",
+        "forgetting.penalty",
         "methods",
         "methods.probes",
         "methods.full_ft",
@@ -110,10 +110,12 @@ LAYERS = [
         "plots",
         "run_report",
         "comparison",
+        "finetuning",
     },
     {"api", "console", "report", "verb", "cli_forgetting"},
     {"api", "console", "report"},
     {"session", "serve"},
+    {"api", "console", "report", "forgetting", "verb", "cli_finetune"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -260,6 +262,7 @@ SIDEWAYS = {
     ("cli_forgetting", "console"),
     ("cli_forgetting", "verb"),
     ("serve", "session"),
+    ("cli_finetune", "verb"),
     ("demo", "__init__"),
     ("__main__", "cli"),
 }
