@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from unwrite import ability
 from unwrite import scores as scoring
 from unwrite.base import Base
 from unwrite.delta import Delta
@@ -93,6 +94,11 @@ class Bench:
         if self.protocol.mode == "single":
             return [probe for edit in edits for probe in rivals([edit])]
         return rivals(edits)
+
+    def ability(self, edits: Sequence[Edit]) -> dict[str, Any] | None:
+        """What lm-eval finds of the network as it is; null where the protocol has no tasks."""
+        tasks = self.protocol.lm_eval
+        return ability.measure(self.model, tasks, edits) if tasks else None
 
     def check_readable(self, edits: Sequence[Edit]) -> None:
         """Tokenise everything once; ``BadEdits`` for what this model cannot read."""

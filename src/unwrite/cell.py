@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unwrite import neighbour_metrics, record, robustness
+from unwrite import ability, neighbour_metrics, record, robustness
 from unwrite import scores as scoring
 from unwrite.bench import Bench
 from unwrite.delta import Delta, DeltaSummary
@@ -86,11 +86,14 @@ def compute(
         tensors = {name: asdict(facts) for name, facts in outcome.facts.items()}
         write_json(folder / TENSORS, tensors)
         write_json(folder / WHERE, outcome.where)
+    general = work.general_ability(outcome)
     robust = {name: work.check(name, outcome) for name in bench.protocol.robust}
     shutil.rmtree(folder / STEPS, ignore_errors=True)
     sync_folder(folder)
     result = _result(cell, outcome, work) | {"memory": memory}
-    write_json(folder / RESULT, result | ({"robust": robust} if robust else {}))
+    asked_for = {"robust": robust, "lm_eval": general}
+    result |= {name: found for name, found in asked_for.items() if found}
+    write_json(folder / RESULT, result)
     bench.become(start.deltas)
 
 
@@ -253,6 +256,17 @@ class _Work:
             fingerprint=None,
             notes=_joined(notes),
         )
+
+    def general_ability(self, outcome: Outcome) -> dict[str, Any] | None:
+        """What lm-eval finds before and after; a state without a change is not asked again."""
+        start, bench = self.start, self.bench
+        before = start.facts.get("lm_eval")
+        if before is None:
+            return None
+        bench.become(outcome.deltas)
+        changed = outcome.fingerprint != start.fingerprint
+        after = bench.ability(start.edits) if changed else before
+        return {"version": ability.version(), "before": before, "after": after}
 
     def check(self, name: str, outcome: Outcome) -> dict[str, Any]:
         """What one check of robustness finds of the state that was reached; its rows are stored."""

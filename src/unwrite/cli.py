@@ -387,6 +387,14 @@ Robust = Annotated[
         metavar="CHECK,...",
     ),
 ]
+LmEval = Annotated[
+    str,
+    typer.Option(
+        "--lm-eval",
+        help="Tasks of lm-evaluation-harness before and after; 'unwrite' for two bundled ones.",
+        metavar="TASK,...",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda; default: the GPU if there is one.")]
 
 
@@ -420,6 +428,7 @@ def compare(
     chunk: Chunk = None,
     neighbour_metrics: NeighbourMetrics = False,
     robust: Robust = "",
+    lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
@@ -447,6 +456,7 @@ def compare(
             chunk=chunk,
             neighbour_metrics=neighbour_metrics,
             robust=_split(robust),
+            lm_eval=_split(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -480,6 +490,7 @@ def sweep(
     chunk: Chunk = None,
     neighbour_metrics: NeighbourMetrics = False,
     robust: Robust = "",
+    lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
@@ -504,6 +515,7 @@ def sweep(
             chunk=chunk,
             neighbour_metrics=neighbour_metrics,
             robust=_split(robust),
+            lm_eval=_split(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,

@@ -80,6 +80,11 @@ def means(rows: Sequence[Mapping[str, Any]], checks: Sequence[Checks]) -> dict[s
             )
             for name in rows[0]["robust"]
         }
+    if "lm_eval" in rows[0]:
+        found["lm_eval"] = {
+            **rows[0]["lm_eval"],
+            "after": _mean_ability([row["lm_eval"]["after"] for row in rows]),
+        }
     return found
 
 
@@ -95,6 +100,8 @@ def tables(entries: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         for name in names:
             if name not in again:
                 yield _relearned(entries, name)
+    if "lm_eval" in entries[0]:
+        yield _ability(entries)
 
 
 def flat(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,6 +120,8 @@ def flat(row: Mapping[str, Any]) -> dict[str, Any]:
                     line[f"{name}_{kind}_{form}_{side}"] = facts[kind][side][form]
         if facts.get("perplexity") is not None:
             line[f"{name}_perplexity"] = facts["perplexity"]
+    for task, metrics in row.get("lm_eval", {}).get("after", {}).items():
+        line |= {f"{task}_{metric}": one["value"] for metric, one in metrics.items()}
     return line
 
 
@@ -199,6 +208,42 @@ def _relearned(entries: Sequence[Mapping[str, Any]], name: str) -> Table:
         cells = [both(found[kind][side]) if known else "-" for kind, side in RELEARNING]
         table.append([entry["method"], *cells])
     return f"Relearning, {steps} steps", _RELEARNED + _notes(entries, [name]), table
+
+
+def _mean_ability(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds. The questions are the same, so the standard errors are averaged, too."""
+
+    def mean(task: str, metric: str, key: str) -> float | None:
+        values = [one[task][metric][key] for one in found]
+        return None if None in values else sum(values) / len(values)
+
+    return {
+        task: {
+            metric: {key: mean(task, metric, key) for key in ("value", "stderr")}
+            for metric in metrics
+        }
+        for task, metrics in found[0].items()
+    }
+
+
+def _ability(entries: Sequence[Mapping[str, Any]]) -> Table:
+    before = entries[0]["lm_eval"]["before"]
+    names = [(task, metric) for task, metrics in before.items() for metric in metrics]
+
+    def line(label: str, found: Mapping[str, Any]) -> list[str]:
+        return [label, *(_measured(found[task][metric]) for task, metric in names)]
+
+    table = [["method", *(f"{task} {metric}" for task, metric in names)], line("before", before)]
+    table += [line(entry["method"], entry["lm_eval"]["after"]) for entry in entries]
+    version = entries[0]["lm_eval"]["version"]
+    about = f"Tasks of lm-evaluation-harness {version}, with its standard errors."
+    return "General ability", about, table
+
+
+def _measured(one: Mapping[str, float | None]) -> str:
+    if one["value"] is None:
+        return "-"
+    return f"{one['value']:.4g}" + ("" if one["stderr"] is None else f" ± {one['stderr']:.2g}")
 
 
 def _notes(entries: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from unwrite import ability, grid, methods, robustness, tables
 from unwrite import base as bases
 from unwrite import cell as cells
-from unwrite import grid, methods, robustness, tables
 from unwrite.base import Base
 from unwrite.bench import Bench
 from unwrite.delta import Delta
@@ -94,6 +94,7 @@ def compare(
     chunk: int | None = None,
     neighbour_metrics: bool = False,
     robust: Sequence[str] = (),
+    lm_eval: Sequence[str] = (),
     trust_remote_code: bool = False,
     device: str | None = None,
     progress: Reporter | None = None,
@@ -111,7 +112,9 @@ def compare(
     (``"sequential"``), or each alone (``"single"``). ``neighbour_metrics``: also the scores of
     ROME and EasyEdit, under their names (see ``unwrite.neighbour_metrics``). ``robust``: score each
     state again after what may happen to it: ``save-reload``, ``bf16``, ``int8``, ``int4``,
-    ``chat``, ``relearn:STEPS`` (see ``unwrite.robustness``; not with single edits).
+    ``chat``, ``relearn:STEPS`` (see ``unwrite.robustness``; not with single edits). ``lm_eval``:
+    tasks of lm-evaluation-harness to run before and after; ``"unwrite"`` for the two that are
+    bundled (needs the extra ``lm-eval``; not with single edits).
 
     What ``out`` has already is not computed again; more methods, seeds, sizes and edit sets may be
     added to it. A method that fails in a cell is noted there, the others go on, and the next call
@@ -126,12 +129,15 @@ def compare(
     seeds, sizes = grid.check_numbers(seeds, sizes)
     protocol = _protocol(plant, plant_lr, only_known, offset, mode, chunk, exact)
     protocol = replace(
-        protocol, neighbour_metrics=bool(neighbour_metrics), robust=robustness.checked(robust)
+        protocol,
+        neighbour_metrics=bool(neighbour_metrics),
+        robust=robustness.checked(robust),
+        lm_eval=ability.checked(lm_eval),
     )
-    if mode == "single" and protocol.robust:
+    if mode == "single" and (protocol.robust or protocol.lm_eval):
         raise BadSetting(
-            "Robustness is that of one state, and single edits make a state each. Use the mode "
-            "batch or sequential, or leave out the checks."
+            "Robustness and lm-eval are about one state, and single edits make a state each. Use "
+            "the mode batch or sequential, or leave them out."
         )
     chosen = _with_references(references, chosen, mode)
     sets = grid.edit_sets(edits, offset)
@@ -242,7 +248,10 @@ class _Run:
         return self._bench
 
     def check(self) -> None:
-        """What only the model can tell: whether it reads the edits, and knows any."""
+        """What only the model can tell: whether it reads the edits, and knows any; and whether
+        the tasks of lm-eval are there."""
+        if self.asked.protocol.lm_eval:
+            ability.check_tasks(self.asked.protocol.lm_eval)
         for label, size in dict.fromkeys(cell.place for cell in self.asked.cells):
             edits = self._chosen_edits(label, size)
             try:
@@ -268,6 +277,8 @@ class _Run:
         self.progress.say(
             f"{len(self.asked.cells)} cells, {len(self.asked.cells) - len(todo)} of them finished."
         )
+        if todo and self.asked.protocol.lm_eval:
+            ability.check_tasks(())
         self._drop_donors(todo)
         self._write_tables()
         failures: list[UnwriteError] = []

@@ -37,6 +37,7 @@ class Protocol:
     ``exact``: whether answers are also generated freely. ``chunk``: edits in one step of the mode
     ``sequential``. ``neighbour_metrics``: whether the scores of other toolkits are taken too.
     ``robust``: what each state is checked against (``unwrite.robustness``).
+    ``lm_eval``: tasks of lm-evaluation-harness (``unwrite.ability``).
     """
 
     start: Literal["as is", "known", "planted"] = "as is"
@@ -49,6 +50,7 @@ class Protocol:
     # earlier version, which did not know of it, goes on under the same names.
     neighbour_metrics: bool = field(default=False, repr=False)
     robust: tuple[str, ...] = field(default=(), repr=False)
+    lm_eval: tuple[str, ...] = field(default=(), repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The settings as JSON gives them back, without what was not asked for."""
@@ -59,7 +61,8 @@ class Protocol:
     @classmethod
     def from_json(cls, given: Mapping[str, Any]) -> Protocol:
         """The reverse of ``as_json``. Raises ``TypeError`` for unknown settings."""
-        return cls(**{**given, "robust": tuple(given.get("robust", ()))})
+        lists = {name: tuple(given.get(name, ())) for name in ("robust", "lm_eval")}
+        return cls(**{**given, **lists})
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ class Start:
             "perplexity": perplexities[fingerprint],
             "scores": scoring.as_json(scores),
         }
+        if bench.protocol.lm_eval:
+            facts["lm_eval"] = bench.ability(edits)
         write_json(folder / NAME, facts)
         return cls(folder, edits, deltas, before, facts, rivals, chat)
 
