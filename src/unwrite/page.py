@@ -59,7 +59,7 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    shown_by = (percent, tenths, number, tiny, two_digits, settings, security_hash)
+    shown_by = (percent, tenths, number, tiny, two_digits, settings, security_hash, plain)
     for function in (*shown_by, files.readable_size):
         jinja.filters[function.__name__] = function
     for name in ("style.css", "script.js"):

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup, escape
+
 from unwrite import grid, knowledge, page
 from unwrite.errors import BadSetting, DamagedFile
 from unwrite.files import read_json, read_jsonl, user_path
@@ -32,16 +34,18 @@ PAIRS = (("reliability", "locality"), ("generality", "locality"), ("reliability"
 FEW = 30  # edits, below which bootstrap intervals are rough
 
 # What keeps the page below 3 MB, whatever is in the run; the page says what was left out.
-TOLD = 120  # methods in the score tables, over all edit sets and sizes
+TOLD = 100  # methods in the score tables, over all edit sets and sizes
 DETAILED = 24  # of these, with knowledge diff and place of the change
-CELLS = 800  # rows of the table of cells
+CELLS = 600  # rows of the table of cells
 STEPS = 400  # rows of the table of steps
-SETTINGS = 200  # methods listed with their settings
-FAILED = 100  # failures
-ROW_BYTES = 900_000  # of all knowledge diffs together
+SETTINGS = 150  # methods listed with their settings
+FAILED = 60  # failures
+ROW_BYTES = 800_000  # of all knowledge diffs together
 MAPPED = 4000  # fields of all heat maps together, some 60 bytes each
 NOTES, NOTE = 10, 500  # sentences of a method on its own work, and characters of one
 MACHINES = 5  # environments
+LABEL = 100  # characters of a label
+LONGEST_COMMAND = 20_000  # characters
 
 Entry = Mapping[str, Any]  # one of the means in table.json
 
@@ -88,6 +92,7 @@ class RunReport:
             untold=max(len(means) - TOLD, 0),
             forms=FORMS[: 2 if plan.protocol.exact else 1],
             roles=ROLES,
+            label=LABEL,
             rows=rows[:CELLS],
             more_rows=max(len(rows) - CELLS, 0),
             failed=[
@@ -100,7 +105,7 @@ class RunReport:
             more_methods=max(len(plan.methods) - SETTINGS, 0),
             seeds=list(dict.fromkeys(cell.seed for cell in plan.cells if cell.seed is not None)),
             sizes=list(dict.fromkeys(cell.size for cell in plan.cells)),
-            command=command(plan, base, name),
+            command=_whole(command(plan, base, name)),
         )
 
     def _table(self, plan: Plan) -> dict[str, Any]:
@@ -132,7 +137,7 @@ class RunReport:
             found.append(
                 {
                     "key": f"p{number}",
-                    "title": _title(edits, entries[0]["records"]),
+                    "title": _title(plain(edits, LABEL), entries[0]["records"]),
                     "verdict": sentence,
                     "remarks": remarks,
                     "about": _about(starts.get((first["start_fingerprint"], first["records"]))),
@@ -276,8 +281,8 @@ def judge(entries: Sequence[Entry]) -> tuple[str, list[str]]:
     clauses = [_about_front(methods, _criteria(entries))]
     if rivals:
         clauses.append(_about_winners(won, _bare(rivals[0]["difference"]["to"])))
-    elif not any(entry["difference"] for entry in entries):
-        clauses.append("there is no plain full-ft beside it to be compared with")
+    elif len(methods) > 1:
+        clauses.append("there is no plain full-ft beside them to be compared with")
     return f"{'; '.join(clauses)}.", [*_about_rivals(entries, rivals, won), *_hedges(methods)]
 
 
@@ -453,7 +458,7 @@ def _fronts(entries: Sequence[Entry], form: str) -> list[Panel]:
             for role, score in shown.items()
         }
         said = [f"{role} {_with_bounds(score, form)}" for role, score in shown.items()]
-        label = plain(entry["method"], page.VALUE)
+        label = plain(entry["method"], LABEL)
         title = f"{label}: {', '.join(said)}" + ", on the front" * (kind == "front")
         points.append(Point(label.removeprefix(common), kind, title, values))
     return [scatter(points, across, up) for across, up in pairs]
@@ -523,7 +528,7 @@ def _retention(
         for entry in entries:
             own = [one for one in steps if one["method"] == entry["method"]]
             if points := _averaged(own, measure, entry["method"]):
-                found.append(Curve(plain(entry["method"], page.VALUE), points))
+                found.append(Curve(plain(entry["method"], LABEL), points))
         if found:
             panels.append(curves(found, title, "edits so far", log=measure == "perplexity"))
     return panels, steps
@@ -540,7 +545,7 @@ def _averaged(
     for count, values in sorted(by_count.items()):
         mean = sum(values) / len(values)
         shown = page.number(mean) if measure == "perplexity" else percent(mean)
-        found.append((float(count), mean, f"{plain(label, page.VALUE)}, {count} edits: {shown}"))
+        found.append((float(count), mean, f"{plain(label, LABEL)}, {count} edits: {shown}"))
     return found
 
 
@@ -586,6 +591,13 @@ def command(plan: Plan, base: Mapping[str, Any], out: str) -> str | None:
     words += ["--mode", protocol.mode]
     words += ["--chunk", str(protocol.chunk)] if protocol.chunk else []
     return shlex.join([*words, "--out", out])
+
+
+def _whole(words: str | None) -> Markup | None:
+    """A command as the page shows it: never cut, for it would then be another; None if too long."""
+    if words is None or len(words) > LONGEST_COMMAND:
+        return None
+    return escape(plain(words, LONGEST_COMMAND))
 
 
 def _as_text(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
