@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test processes share the machine; more than that only fight over its memory bandwidth.
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow check format build clean
+.PHONY: setup demo test test-slow check format docs build clean
 
 setup: $(STAMP)
 
@@ -35,8 +35,13 @@ format: setup
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+docs: setup
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "The site is in site/index.html"
+
 build: setup
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
