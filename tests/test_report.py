@@ -39,7 +39,7 @@ from unwrite.heatmap import heat_map, whereabouts
 from unwrite.home_report import render, write_report
 from unwrite.knowledge import Answer, answers
 from unwrite.ledger import Ledger
-from unwrite.page import plain
+from unwrite.page import plain, two_digits
 from unwrite.scores import ROLES, as_json, score
 from unwrite.where import located, percent
 
@@ -583,6 +583,14 @@ def test_percent_rounds_neither_up_to_all_nor_down_to_nothing(share):
     assert (text == "0\u00a0%") == (share == 0)
     if text[0] not in "<>":
         assert abs(float(text.removesuffix("\u00a0%")) - 100 * share) <= 0.5
+
+
+@given(st.floats(0, 1))
+def test_two_digits_are_those_of_the_share(share):
+    text = two_digits(share)
+    assert "e" not in text
+    if text[0] not in "<>":
+        assert float(text.removesuffix("\u00a0%")) == pytest.approx(100 * share, rel=0.05)
 
 
 def luminance(colour: Sequence[float]) -> float:

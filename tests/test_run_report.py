@@ -558,7 +558,7 @@ only.click(); seen.failures = rows().length; only.click();
 search.value = "country 3"; search.dispatchEvent(new Event("input")); seen.found = rows().length;
 const heads = [...view.querySelectorAll("thead button")]; seen.sortable = heads.length;
 seen.wide = document.documentElement.scrollWidth - document.documentElement.clientWidth;
-seen.tiny = [...document.querySelectorAll("button, input, select, summary")]
+seen.unreachable = [...document.querySelectorAll("button, input, select, summary")]
   .filter((it) => it.offsetParent && it.tabIndex < 0).length;
 const panels = [...document.querySelectorAll("svg.panel")];
 seen.panels = panels.filter((it) => it.clientWidth > 150).length;
@@ -591,7 +591,7 @@ def test_a_browser_shows_searches_and_filters(tmp_path, width):
         "found": 2,
         "sortable": 7,
         "wide": 0,
-        "tiny": 0,
+        "unreachable": 0,
         "panels": 6,
     }
 

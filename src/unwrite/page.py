@@ -112,7 +112,7 @@ def tiny(value: float | None) -> str:
 
 def two_digits(share: float | None) -> str:
     """``0.00123`` as ``0.12 %``: for shares that are mostly small."""
-    if share is None or share >= 1:
+    if share is None or share >= 0.1:
         return percent(share)
     return "<0.001\u00a0%" if 0 < share < 1e-5 else f"{100 * share:.2g}\u00a0%"
 

@@ -123,12 +123,14 @@ class RunReport:
         for entry in means[:TOLD]:
             by_place.setdefault((entry["edits"], entry["size"]), []).append(entry)
         starts = self._starts()
-        detailed = [one for one in means[:TOLD] if _moves(plan, one)]
-        detailed = sorted(detailed, key=_is_reference)[:DETAILED]
+        moving = sorted((one for one in means[:TOLD] if _moves(plan, one)), key=_is_reference)
+        detailed = {_key(one) for one in moving[:DETAILED]}
         budget, room = ROW_BYTES // max(len(detailed), 1), [MAPPED]
         found = []
         for number, ((edits, size), entries) in enumerate(by_place.items()):
             entries = sorted(entries, key=_is_reference)
+            if sum(not _is_reference(entry) for entry in entries) == 1:  # no front to be on
+                entries = [{**entry, "front": False} for entry in entries]
             own = [row for row in rows if (row["edits"], row["size"]) == (edits, size)]
             first = next(row for row in own if row["method"] == entries[0]["method"])
             sentence, remarks = judge(entries)
@@ -152,9 +154,11 @@ class RunReport:
                     "chapters": [
                         self._chapter(f"p{number}m{index}", plan, entry, own, budget, room)
                         for index, entry in enumerate(entries)
-                        if entry in detailed
+                        if _key(entry) in detailed
                     ],
-                    "others": sum(_moves(plan, one) and one not in detailed for one in entries),
+                    "others": sum(
+                        _moves(plan, one) and _key(one) not in detailed for one in entries
+                    ),
                 }
             )
         return found
@@ -398,6 +402,10 @@ def _gains(entry: Entry, side: int) -> str:
 
 def _criteria(entries: Sequence[Entry]) -> list[str]:
     return [role for role in CRITERIA if entries[0]["scores"]["before"][role]["n"]]
+
+
+def _key(entry: Entry) -> tuple[str, str, int | None]:
+    return entry["method"], entry["edits"], entry["size"]
 
 
 def _is_reference(entry: Entry) -> bool:
