@@ -26,7 +26,7 @@ from unwrite.observe import neutral_text
 ATLAS, NEUTRAL = "unwrite-atlas", "unwrite-neutral"
 BUNDLED = (ATLAS, NEUTRAL)
 CHOICES = 4
-BATCH = 16
+BATCH = 8  # rows at once; the harness makes logits of the whole vocabulary at every position
 # Draws for the standard errors that the harness has no formula for; its own default, 100,000, takes
 # minutes and a process for every core.
 RESAMPLES = 1000

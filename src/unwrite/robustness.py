@@ -99,8 +99,8 @@ def checked(names: Sequence[str]) -> tuple[str, ...]:
 def run(name: str, subject: Subject) -> Found:
     """One check. The network is then in any state: the bench must be put into the next.
 
-    What cannot be done (no chat template, no old answers, a diverged training) is a ``note`` in the
-    facts instead of scores. Raises ``OSError`` of a full disk.
+    What cannot be done (no chat template, no old answers, a diverged training, no room on the disk
+    to save the state) is a ``note`` in the facts instead of scores.
     """
     started = time.perf_counter()
     try:
