@@ -64,7 +64,6 @@ LAYERS = [
         "moments",
         "values",
         "trace",
-        "forgetting",
         "forgetting.per_example",
         "forgetting.fisher",
         "forgetting.confidence",
@@ -72,6 +71,7 @@ LAYERS = [
     },
     {
         "forgetting.graceful",
+        "forgetting.penalty",
         "methods",
         "methods.probes",
         "methods.full_ft",
@@ -100,8 +100,10 @@ LAYERS = [
         "bootstrap",
         "tables",
         "comparison",
+        "finetuning",
     },
     {"api", "console", "report", "verb", "cli_forgetting"},
+    {"api", "console", "report", "forgetting", "verb", "cli_finetune"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -228,6 +230,7 @@ SIDEWAYS = {
     ("cli_forgetting", "api"),
     ("cli_forgetting", "console"),
     ("cli_forgetting", "verb"),
+    ("cli_finetune", "verb"),
     ("demo", "__init__"),
     ("__main__", "cli"),
 }

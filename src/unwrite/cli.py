@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unwrite.cli_finetune import finetune
 from unwrite.cli_forgetting import app as forgetting_app
 from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
@@ -488,6 +489,9 @@ def sweep(
             progress=out,
         )
         _show_comparison(out, found)
+
+
+app.command()(finetune)
 
 
 @app.command()

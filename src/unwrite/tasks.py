@@ -174,7 +174,10 @@ def _bundled(source: str, seed: int) -> dict[str, list[Example]]:
 
 def _read(path: Path, labelled: bool) -> dict[str, list[Example]]:
     name = file_name(path)
-    records = read_records(read_bytes(path, "a task"), name, FORM)
+    try:
+        records = read_records(read_bytes(path, "a task"), name, FORM)
+    except BadEdits as error:
+        raise BadTask(str(error)) from None
     tasks: dict[str, list[Example]] = {}
     for record in records:
         try:
