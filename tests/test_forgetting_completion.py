@@ -208,7 +208,7 @@ def test_less_shrinking_brings_the_nuclear_norm_to_the_exact_answer():
 
 def test_the_published_factorization_finds_exact_rank_one_at_unit_scale_only():
     """METHODS 5.4, scale warning: on small numbers the factors stay near zero, unless scaled."""
-    large, small = (low_rank(seed=3, examples=50, scale=scale) for scale in (1.0, 0.05))
+    large, small = (low_rank(seed=3, examples=40, scale=scale) for scale in (1.0, 0.05))
     published = PublishedFactorization(epochs=500)
     additive = relative_error(Additive(), *large)
     assert relative_error(published, *large) < 0.02
@@ -259,7 +259,7 @@ def test_descent_works_on_matrices_taller_than_wide(tasks):
 def plainly(past, new, model):
     values = np.vstack([past, new])
     rows, columns = values.shape
-    random = np.random.default_rng(model.seed)
+    random = np.random.RandomState(model.seed)
     p = random.normal(0, model.spread, (rows, model.rank))
     q = random.normal(0, model.spread, (columns, model.rank))
     mean = values[~np.isnan(values)].mean()
@@ -301,8 +301,8 @@ def test_gaps_in_the_past_are_bridged():
 def test_the_stated_uncertainty_is_the_one_met(model):
     """Root mean square of error / std is near 1 over many new tasks."""
     ratios = []
-    for seed in range(25):
-        past, row = low_rank(seed, tasks=40, rank=3, noise=0.5)
+    for seed in range(12):
+        past, row = low_rank(seed, tasks=30, rank=3, noise=0.5)
         seen, hidden = revealed(row, 15, seed)
         prediction = model.fit(matrix(past)).predict(seen)
         ratios.append(((row - prediction.values)[hidden] / prediction.std[hidden]) ** 2)
@@ -318,8 +318,8 @@ def test_more_observations_make_a_forecast_surer():
 
 def test_the_number_of_forgotten_examples_is_forecast_with_its_uncertainty():
     hits, stated = [], []
-    for seed in range(30):
-        past, row = low_rank(seed, tasks=40, examples=200, rank=3, noise=0.5)
+    for seed in range(20):
+        past, row = low_rank(seed, tasks=25, examples=200, rank=3, noise=0.5)
         seen, _ = revealed(row, 15, seed)
         count, std = Factorization(3).fit(matrix(past)).predict(seen).count_above(1.0)
         hits.append((row > 1.0).sum() - count)
@@ -428,3 +428,16 @@ def test_d_optimal_choice_keeps_to_what_is_allowed():
 def test_settings_without_sense_are_refused(make):
     with pytest.raises(BadSetting):
         make()
+
+
+def test_a_few_past_tasks_are_not_taken_for_the_whole_truth():
+    """With hardly more tasks than factors the noise would be zero, and every seed believed."""
+    errors = [
+        relative_error(Factorization(5), *low_rank(s, rank=2, noise=1, tasks=5)) for s in range(9)
+    ]
+    assert np.mean(errors) < 1.1
+
+
+def test_choosing_from_a_matrix_without_noise_works():
+    past, _ = low_rank(rank=1, tasks=9, examples=12)
+    assert len(set(d_optimal(Factorization(3).fit(matrix(past)), 12).tolist())) == 12

@@ -1,5 +1,8 @@
 """The published test of forecasts: who may see what, and what the scores mean."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -167,3 +170,12 @@ def test_a_constant_forecast_scores_the_base_rate():
 def test_scores_without_cases_are_none():
     found = score(np.array([-1.0, -2.0]), np.array([1.0, -1.0]))
     assert [found[key] for key in ("f1", "recall", "pr_auc", "lift")] == [None] * 4
+
+
+def test_the_example_of_the_guide_works():
+    page = (Path(__file__).parent.parent / "docs" / "forgetting.md").read_text("utf-8")
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)
+    truth, forecast = names["values"][40], names["forecast"]
+    np.testing.assert_allclose(forecast.values, truth, atol=1e-4)
+    assert abs(names["count"] - (truth > 0.5).sum()) < 2

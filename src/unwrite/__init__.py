@@ -88,6 +88,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "forgetting":  # a package of its own, named in full: unwrite.forgetting.measure
+        return importlib.import_module("unwrite.forgetting")
     if name in _WHERE:
         return getattr(importlib.import_module(f"unwrite.{_WHERE[name]}"), name)
     raise AttributeError(f"module 'unwrite' has no attribute {name!r}")

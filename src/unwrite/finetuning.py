@@ -413,6 +413,7 @@ def learn_task(
     from transformers import TrainingArguments
 
     rows = [closed(model, example) for example in examples]
+    steps = -(-len(rows) // course.batch_size) * course.epochs
     weights = model.weights
     before = {name: weights[name].clone() for name in model.names}
     arguments = TrainingArguments(
@@ -424,7 +425,8 @@ def learn_task(
         warmup_steps=course.warmup,
         max_grad_norm=course.max_grad_norm,
         bf16=course.precision == "bf16",
-        save_strategy="steps",
+        # The Trainer would also save at the end, where there is nothing to take up any more.
+        save_strategy="steps" if steps > course.save_every else "no",
         save_steps=course.save_every,
         save_total_limit=1,
         logging_strategy="no",
@@ -438,7 +440,6 @@ def learn_task(
     arguments._n_gpu = min(1, arguments.n_gpu)  # never split a batch over devices behind our back
     with _own_randomness(), contextlib.ExitStack() as clean_up:
         clean_up.callback(_restore, model, before, model.network.training)
-        steps = -(-len(rows) // course.batch_size) * course.epochs
         advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
         trainer = _trainer(model, arguments, rows, [*callbacks, _bar(advance)])
         checkpoints = sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))

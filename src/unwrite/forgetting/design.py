@@ -35,7 +35,9 @@ def d_optimal(
     chosen = []
     for _ in range(count):
         spread = scaled @ covariance
-        gains = np.where(free, np.einsum("jk,jk->j", spread, scaled), -1.0)
+        # Rounding can turn the variance of what is known all but exactly negative.
+        variances = np.maximum(np.einsum("jk,jk->j", spread, scaled), 0.0)
+        gains = np.where(free, variances, -1.0)
         best = int(gains.argmax())
         chosen.append(best)
         free[best] = False

@@ -39,6 +39,7 @@ LEAST_NOISE = 1e-8
 class Factorization:
     """Additive effects and ``rank`` factors (METHODS 5.4 b), with a fixed basis and a ridge.
 
+    Fewer than 2 ``rank`` + 1 past tasks give half as many factors as there are tasks.
     ``ridge``: None chooses it by forecasting each past task from the others. The basis has the
     scale of the past tasks, so 1 is right when a new task is drawn as they were. Gaps in the past
     are filled by the same model, in turns. Costs one singular value decomposition of the matrix,
@@ -145,7 +146,8 @@ def low_rank_space(values: Array, rank: int, known: npt.NDArray[np.bool_] | None
     which has no gaps; where ``known`` is false an entry does not count for the noise."""
     tasks = len(values)
     centre, effects, residual = _additive_parts(values)
-    rank = min(rank, tasks - 1)
+    # With as many directions as tasks nothing would be left to tell the noise by.
+    rank = min(rank, (tasks - 1) // 2)
     left, sizes, right = np.linalg.svd(residual, full_matrices=False)
     strong = sizes[:rank, None] * right[:rank]
     noise = _noise(residual - left[:, :rank] @ strong, known, _freedom(tasks, 1 + rank))
@@ -181,10 +183,10 @@ def fill_gaps(values: Array, rank: int, shrink: float = 0.0, sweeps: int = 100) 
     the rest say: expectation and fit in turns, until nothing moves by a ten-thousandth of the
     spread. ``shrink`` lowers the singular values by that part of the largest (soft-impute)."""
     known = ~np.isnan(values)
+    if known.all():
+        return values
     task, example = additive_effects(values)
     filled = np.where(known, values, task[:, None] + example)
-    if known.all():
-        return filled
     rank = min(rank, len(values) - 1)
     for _ in range(sweeps):
         effects, means = additive_effects(filled)

@@ -33,7 +33,8 @@ class PublishedFactorization:
 
     ``rank`` 0 and ``decay`` 0.02 give the published additive model. Cost: ``epochs`` times all
     entries, for every task to be forecast; ``predict_all`` forecasts many side by side. ``seed``
-    draws the factors' start (the original left it to chance).
+    draws the factors' start (the original left it to chance); with the same
+    one, scikit-surprise gives the same numbers (`benchmarks/results/forecast_speed.json`).
     """
 
     rank: int = 5
@@ -97,7 +98,8 @@ def descend(past: Array, new: Array, model: PublishedFactorization) -> Descent:
     known_past, known_new = ~np.isnan(past), ~np.isnan(new)
     filled_past, filled_new = np.where(known_past, past, 0.0), np.where(known_new, new, 0.0)
     mean = (filled_past.sum() + filled_new.sum(axis=1)) / (known_past.sum() + known_new.sum(axis=1))
-    random = np.random.default_rng(model.seed)
+    # The generator of the original, in its order, so that equal seeds give equal starts.
+    random = np.random.RandomState(model.seed)
     p = np.repeat(random.normal(0, model.spread, (1, rows, model.rank)), runs, axis=0)
     q = np.repeat(random.normal(0, model.spread, (1, columns, model.rank)), runs, axis=0)
     row_bias, column_bias = np.zeros((runs, rows)), np.zeros((runs, columns))

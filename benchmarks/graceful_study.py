@@ -1,0 +1,317 @@
+"""Does it help to forget? Plain against graceful fine-tuning over pairs of tasks.
+
+    python -m benchmarks.graceful_study --work FOLDER [--data ../shared/data] [--stage develop]
+    python -m benchmarks.graceful_study --work FOLDER [--data ../shared/data] [--stage report]
+
+``develop`` runs a grid of strengths on development tasks; ``report`` takes the best of them (mean
+difference of accuracy to the plain run) and compares, on other tasks: the most, the least and the
+least surely confident answers (top, bottom, random), and the three schedules (periodic, ahead,
+random), for every task to forget and all of them together (mixed), with the same number of learning
+steps in the same order. Every finished run is a line of FOLDER/STAGE.jsonl and is not run again;
+``--summary`` only writes the result from what is there. With ``--data`` some of the tasks to forget
+are public ones (see the provenance of the data).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import write
+from unwrite.delta import Delta
+from unwrite.files import read_jsonl
+from unwrite.finetuning import Course, answers, learn_task
+from unwrite.forgetting import (
+    GracefulForgetting,
+    fisher_diagonal,
+    forgetting_confidence,
+    select,
+    self_generate,
+)
+from unwrite.model import Model
+from unwrite.observe import perplexity
+from unwrite.tasks import Task, read_task, read_tasks
+from unwrite.training import Pair
+
+# Tasks on which parameters are chosen, and others on which results are reported.
+LEARN = {
+    "develop": ("past_tense", "number_words"),
+    "report": ("plurals", "dates", "categories", "multiplication", "odd_one_out"),
+}
+FORGET = {
+    "develop": ("nature", "sentiment"),
+    "report": ("geography", "culture", "true_or_false", "topic", "word_problems"),
+}
+# Public tasks to forget besides, with ``--data``: file and name of the task there.
+PUBLIC = (
+    ("multitask_50.jsonl", "ii_antonyms"),
+    ("p3_t0_tasks_x50.jsonl", "adversarial_qa_dbert_answer_the_following_q"),
+)
+MIXED = "mixed"
+STRENGTHS = (0.02, 0.05, 0.2, 0.5)
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to forget; ``plain`` has strength 0."""
+
+    name: str
+    strength: float
+    select: Any = "top"
+    schedule: Any = "periodic"
+
+
+def variants(stage: str, strength: float) -> list[Variant]:
+    """The graceful variants of a stage."""
+    if stage == "develop":
+        return [Variant(f"strength {one}", one) for one in STRENGTHS]
+    return [
+        Variant("top, periodic", strength),
+        Variant("bottom, periodic", strength, select="bottom"),
+        Variant("random, periodic", strength, select="random"),
+        Variant("top, ahead", strength, schedule="ahead"),
+        Variant("top, at random", strength, schedule="random"),
+    ]
+
+
+class Study:
+    """One learning task at one seed: the plain run, and what all variants share."""
+
+    def __init__(
+        self, model: Model, task: Task, let_go: Sequence[Task], seed: int, options: Any
+    ) -> None:
+        self.model, self.task, self.let_go, self.options = model, task, let_go, options
+        self.course = Course(epochs=options.epochs, seed=seed)
+        self.plain: Delta | None = None
+
+    def missing(self, stage: str, strength: float, done: set[str]) -> Iterator[dict[str, Any]]:
+        """Every run that is not among ``done``, one row each."""
+        if (key := self._key("plain", "")) not in done:
+            yield {"key": key, **self._run("plain", "", None)}
+        for forget in [*(task.name for task in self.let_go), MIXED]:
+            for variant in variants(stage, strength):
+                if (key := self._key(variant.name, forget)) not in done:
+                    yield {"key": key, **self._run(variant.name, forget, variant)}
+
+    def _key(self, variant: str, forget: str) -> str:
+        return f"{self.task.name}/{self.course.seed}/{forget}/{variant}"
+
+    def _run(self, name: str, forget: str, variant: Variant | None) -> dict[str, Any]:
+        started = time.perf_counter()
+        callback = None
+        if variant is None:
+            delta = self._plain_run()
+        else:
+            callback = self._callback(forget, variant)
+            delta = self._learn([callback])
+        trained = time.perf_counter()
+        tests = [row for task in (self.task, *self.let_go) for row in task.test]
+        with self.model.shifted(delta):
+            rows = answers(self.model, tests)
+            text = perplexity(self.model)
+        return {
+            "learn": self.task.name,
+            "forget": forget,
+            "variant": name,
+            "seed": self.course.seed,
+            "settings": None if variant is None else asdict(variant),
+            "right": [[row["task"], row["right"]] for row in rows],
+            "perplexity": text,
+            "unlearning_steps": 0 if callback is None else callback.done,
+            "skipped": sum(row["skipped"] for row in callback.history) if callback else 0,
+            "train_seconds": trained - started,
+            "measure_seconds": time.perf_counter() - trained,
+        }
+
+    def _learn(self, callbacks: Sequence[Any]) -> Delta:
+        with tempfile.TemporaryDirectory() as scratch:
+            return learn_task(self.model, self.task.train, self.course, Path(scratch), callbacks)
+
+    def _plain_run(self) -> Delta:
+        if self.plain is None:
+            self.plain = self._learn([])
+            self._rank()
+        return self.plain
+
+    def _rank(self) -> None:
+        """The confidence of the model's own answers on all tasks to be forgotten."""
+        assert self.plain is not None
+        own = [
+            (task.name, pair)
+            for task in self.let_go
+            for pair in self_generate(self.model, task.train)
+        ]
+        rows = list(self.task.train)
+        random.Random(self.course.seed).shuffle(rows)
+        data = [Pair(one.prompt, one.answer) for one in rows[: self.options.fisher]]
+        with self.model.shifted(self.plain):
+            fisher = fisher_diagonal(self.model, data)
+        pairs = [pair for _, pair in own]
+        found = forgetting_confidence(self.model, pairs, self.plain, fisher)
+        self.own = own
+        self.confidence = [float(one) for one in found.values]
+
+    def _callback(self, forget: str, variant: Variant) -> GracefulForgetting:
+        self._plain_run()
+        indices = [i for i, (task, _) in enumerate(self.own) if forget in (task, MIXED)]
+        values = [self.confidence[index] for index in indices]
+        count = max(1, round(self.options.share * len(self.task.train)))
+        chosen = [indices[i] for i in select(values, variant.select, count, self.course.seed)]
+        return GracefulForgetting(
+            [self.own[index][1] for index in chosen],
+            confidence=[self.confidence[index] for index in chosen],
+            every=self.options.every,
+            strength=variant.strength,
+            schedule=variant.schedule,
+            tokenizer=self.model.tokenizer,
+            seed=self.course.seed,
+        )
+
+
+def difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Mean of graceful minus plain over test examples, with a paired 95 % bootstrap interval.
+
+    Each pair holds rights (0 or 1) of the same examples; runs are resampled, then examples in them.
+    """
+    gaps = [graceful - plain for graceful, plain in pairs]
+    source = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = [gaps[index] for index in source.integers(0, len(gaps), len(gaps))]
+        means.append(np.mean([source.choice(one, len(one)).mean() for one in drawn]))
+    low, high = np.percentile(means, [2.5, 97.5])
+    value = float(np.mean([one.mean() for one in gaps]))
+    return {"difference": value, "low": float(low), "high": float(high), "runs": len(gaps)}
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Differences of every variant to the plain runs of the same task and seed."""
+    plain = {(row["learn"], row["seed"]): row for row in rows if row["variant"] == "plain"}
+    learned: dict[str, list[Any]] = defaultdict(list)
+    forgotten: dict[str, list[Any]] = defaultdict(list)
+    by_pair: dict[str, list[Any]] = defaultdict(list)
+    texts: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        other = plain.get((row["learn"], row["seed"]))
+        if row["variant"] == "plain" or other is None:
+            continue
+        name = row["variant"]
+        for is_learned, table in ((True, learned), (False, forgotten)):
+            both = [
+                np.array(
+                    [
+                        float(right)
+                        for task, right in one["right"]
+                        if (task == row["learn"]) == is_learned
+                        and (is_learned or row["forget"] in (task, MIXED))
+                    ]
+                )
+                for one in (row, other)
+            ]
+            if len(both[0]):
+                table[name].append(tuple(both))
+                if is_learned:
+                    by_pair[f"{row['learn']}, {row['forget']}, {name}"].append(tuple(both))
+        texts[name].append(row["perplexity"] / other["perplexity"])
+    accuracy = {
+        f"{learn}, seed {seed}": float(
+            np.mean([right for task, right in row["right"] if task == learn])
+        )
+        for (learn, seed), row in plain.items()
+    }
+    return {
+        "plain_accuracy": accuracy,
+        "learned": {name: difference(pairs) for name, pairs in learned.items()},
+        "forgotten": {name: difference(pairs) for name, pairs in forgotten.items()},
+        "by_pair": {name: difference(pairs) for name, pairs in by_pair.items()},
+        "perplexity_ratio": {name: statistics.mean(values) for name, values in texts.items()},
+        "train_seconds": {
+            kind: statistics.mean(
+                [row["train_seconds"] for row in rows if (row["variant"] == "plain") == is_plain]
+                or [0.0]
+            )
+            for kind, is_plain in (("plain, with confidence", True), ("graceful", False))
+        },
+    }
+
+
+def chosen_strength(folder: Path) -> float:
+    """The strength with the best mean difference on the development tasks."""
+    path = folder / "develop.jsonl"
+    if not path.exists():
+        raise SystemExit("run --stage develop first, or give --strength")
+    learned = summarise(read_jsonl(path))["learned"]
+    best = max(learned, key=lambda name: learned[name]["difference"])
+    return float(best.removeprefix("strength "))
+
+
+def main() -> None:
+    """Run what is missing of a stage and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
+    parser.add_argument("--stage", choices=list(LEARN), default="report")
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--data", type=Path, help="folder of the public data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--share", type=float, default=0.125)
+    parser.add_argument("--fisher", type=int, default=120, help="examples for the Fisher diagonal")
+    parser.add_argument("--limit", type=int, help="training examples of each task")
+    parser.add_argument("--tasks", type=int, help="only so many tasks of each kind")
+    parser.add_argument("--strength", type=float, help="instead of the best on development")
+    parser.add_argument("--summary", action="store_true", help="only write the result")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    path = options.work / f"{options.stage}.jsonl"
+    strength = 0.0
+    if options.stage == "report":
+        strength = options.strength or chosen_strength(options.work)
+    if not options.summary:
+        run(options, path, strength)
+    rows = read_jsonl(path)
+    settings = {
+        name: value
+        for name, value in vars(options).items()
+        if name not in ("work", "data", "summary", "base")
+    }
+    content = {"settings": settings | {"strength": strength}, "runs": len(rows), **summarise(rows)}
+    write("graceful_study" if options.stage == "report" else "graceful_develop", content)
+
+
+def run(options: Any, path: Path, strength: float) -> None:
+    """Append every missing run to ``path``."""
+    model = Model.load(options.base)
+    done = {row["key"] for row in read_jsonl(path)} if path.exists() else set()
+    let_go = [
+        read_task(f"bank:{name}", limit=options.limit)
+        for name in FORGET[options.stage][: options.tasks]
+    ]
+    if options.data is not None and options.stage == "report":
+        for file, name in PUBLIC:
+            found = read_tasks(options.data / file, limit=options.limit)
+            let_go += [task for task in found if task.name == name]
+    for seed in range(options.seeds):
+        for name in LEARN[options.stage][: options.tasks]:
+            task = read_task(f"bank:{name}", limit=options.limit)
+            for row in Study(model, task, let_go, seed, options).missing(
+                options.stage, strength, done
+            ):
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
