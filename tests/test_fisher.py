@@ -32,6 +32,7 @@ def test_the_fisher_diagonal_is_the_mean_of_squared_gradients(worlds, architectu
             assert not expected.any(), name
             continue
         assert close(fisher[name].dense(), expected), name
+        assert (fisher[name].dense() >= 0).all()
 
 
 def test_it_is_not_the_square_of_the_mean_gradient(worlds):

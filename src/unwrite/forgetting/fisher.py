@@ -51,7 +51,8 @@ def fisher_diagonal(
     visit_gradients(
         model, sequences, add, tensors=tensors, batch_size=batch_size, title="Fisher information"
     )
+    # Squares that were summed as products of pairs can end a rounding error below zero.
     return Delta.from_changes(
-        {name: Dense(total.div_(len(data)).cpu()) for name, total in totals.items()},
+        {name: Dense(total.div_(len(data)).clamp_(min=0).cpu()) for name, total in totals.items()},
         {"kind": "fisher-diagonal", "examples": len(data)},
     )

@@ -111,19 +111,21 @@ class Gradients:
 
         Both weights have the tensor's shape. Blocks are summed in fp32, their sums in fp64.
         """
-        second, third = torch.zeros((2, self.size), dtype=torch.float64, device=linear.device)
         whole = self._product()
+        if whole is None or self._is_narrow(whole):
+            first = self.first_products(linear)
+            second, third = torch.zeros((2, self.size), dtype=torch.float64, device=linear.device)
+        else:
+            first, second = _both(whole, linear, quadratic)
+            for table in self.lookups:
+                first += (linear[table.ids] * table.values).sum(dim=(1, 2))
+            third = torch.zeros_like(second)
         if whole is not None:
             # Between positions only: |sum of outer products|^2 is a sum of products of their dots.
             dots = (whole.left @ whole.left.mT) * (whole.right @ whole.right.mT)
             third += dots.sum(dim=(1, 2))
             if self._is_narrow(whole):
                 second += whole.squared().products(quadratic)
-            else:
-                for example, rows, block in _blocks(whole):
-                    second[example] += torch.dot(
-                        block.square_().view(-1), quadratic[rows].reshape(-1)
-                    )
         elif self.dense is not None:
             squares = self.dense.reshape(self.size, -1).square()
             second += squares @ quadratic.reshape(-1)
@@ -134,7 +136,7 @@ class Gradients:
                 change += 2 * whole.rows(example, rows_of) * found
             second[example] += (change * quadratic[rows_of]).sum()
             third[example] += change.sum()
-        return self.first_products(linear), second, third
+        return first, second, third
 
     def first_products(self, linear: torch.Tensor) -> torch.Tensor:
         """``<linear, g>`` for every example, (batch,) in fp64, without forming any gradient.
@@ -175,6 +177,21 @@ class Gradients:
             yield example, rows, found.index_add_(0, places, values[example])
 
 
+def _both(
+    whole: _Outer, linear: torch.Tensor, quadratic: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``<linear, g>`` and ``<quadratic, g^2>`` of every example, (batch,) in fp64, forming each
+    gradient once, block by block."""
+    size = whole.left.shape[0]
+    parts: list[list[torch.Tensor]] = [[] for _ in range(2 * size)]
+    for example, rows, block in _blocks(whole):
+        flat = block.view(-1)
+        parts[example].append(torch.dot(flat, linear[rows].reshape(-1)))
+        parts[size + example].append(torch.dot(flat.square_(), quadratic[rows].reshape(-1)))
+    sums = torch.stack([torch.stack(one) for one in parts]).double().sum(dim=1)
+    return sums[:size], sums[size:]
+
+
 def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """Every example's gradient some rows at a time: example, rows, and (rows, q).
 
@@ -183,7 +200,8 @@ def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
     """
     size, _, height = whole.left.shape
     width = whole.right.shape[2]
-    step = max(1, BLOCK // width)
+    # The cache counts on a processor; on an accelerator the number of calls does.
+    step = max(1, BLOCK // width) if whole.right.device.type == "cpu" else height
     room = whole.right.new_empty((min(step, height), width))
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
