@@ -7,6 +7,7 @@ nothing was committed; 130 interrupted, nothing half-done.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
+from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, harmless, score_rows
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
 from unwrite.files import readable_size, speaking_of_disk
 
@@ -30,6 +31,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="No lines, bars and colours; UNWRITE_PLAIN=1 does the same."),
+    ] = False,
+) -> None:
+    """What stands before the verb."""
+    if plain and not os.environ.get(PLAIN):
+        os.environ[PLAIN] = "1"
+        context.call_on_close(lambda: os.environ.pop(PLAIN, None))
+
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[
