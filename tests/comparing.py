@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -100,7 +101,16 @@ def steady(folder: Path) -> dict[str, str]:
             {key: one for key, one in row.items() if not key.startswith(UNSTEADY)}
             for row in csv.DictReader(file)
         ]
-    return {"json": json.dumps(table), "md": "\n".join(lines), "csv": json.dumps(rows)}
+    page = (folder / "report.html").read_text()
+    # Seconds and memory, and the name of the folder.
+    for varying in (r"<td data-unsteady>[^<]*", r"<strong>[^<]*", r"<title>[^<]*", r" --out [^<]*"):
+        page = re.sub(varying, "", page)
+    return {
+        "page": page,
+        "json": json.dumps(table),
+        "md": "\n".join(lines),
+        "csv": json.dumps(rows),
+    }
 
 
 def files(folder: Path) -> set[str]:

@@ -128,10 +128,21 @@ def test_what_cannot_be_swept_is_refused_with_a_sentence(worlds, edits, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_page_of_a_comparison_is_refused(worlds, edits, tmp_path):
+def test_a_comparison_has_a_page(worlds, edits, tmp_path):
     words = ("compare", worlds().folder, "--edits", edits, "--methods", "full-ft:epochs=1")
     run(*words, "--out", tmp_path / "run", "--references", "none")
-    assert "table.md" in run("report", tmp_path / "run", code=2).stderr
+    page = tmp_path / "run" / "report.html"
+    written = page.read_bytes()
+    page.unlink()
+    assert run("report", tmp_path / "run").stdout == f"{page}\n"
+    assert page.read_bytes() == written
+    other = tmp_path / "other.html"
+    assert run("report", tmp_path / "run", "--out", other).stdout == f"{other}\n"
+    assert other.read_bytes() == written
+    table = (tmp_path / "run" / "table.md").read_bytes()
+    result = run("report", tmp_path / "run", "--out", tmp_path / "run" / "table.md", code=2)
+    assert "could be one of the files" in result.stderr
+    assert (tmp_path / "run" / "table.md").read_bytes() == table
 
 
 def test_the_help_explains_how_to_name_methods():

@@ -131,6 +131,15 @@ def test_identical_old_and_new_disagree_nowhere(model, edits, keep):
     assert (selection.survivors, selection.kept, len(selection.delta)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    "method", [FLearning(forget=FULL, learn=FULL), Delicate(rounds=2, tuner=LORA)], ids=["f", "d"]
+)
+def test_two_equal_runs_are_saved_as_the_same_bytes(model, edits, tmp_path, method, snapshot):
+    for name in ("one", "two"):
+        method.delta(model, edits).save(tmp_path / name)
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
 @pytest.mark.parametrize("tuner", [FULL, LORA])
 def test_swapping_old_and_new_keeps_the_support_and_turns_the_signs(model, edits, tuner):
     swapped = [dataclasses.replace(edit, new=edit.old, old=edit.new) for edit in edits]

@@ -6,13 +6,11 @@ is read with ``html.parser``, as a browser would find its tags.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html.parser
 import json
 import re
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,71 +19,34 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pages import (
+    HOSTILE,
+    KINDS,
+    Page,
+    assert_self_contained,
+    facts,
+    probe,
+    row,
+    shares,
+    tags_of,
+)
 
+from unwrite import heatmap, knowledge, plots, where
 from unwrite import report as reporting
-from unwrite import where
 from unwrite.errors import BadSetting, DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json, write_jsonl
+from unwrite.heatmap import heat_map, whereabouts
+from unwrite.knowledge import Answer, answers
 from unwrite.ledger import Ledger
-from unwrite.report import Answer, answers, heat_map, plain, render, whereabouts, write_report
+from unwrite.page import plain
+from unwrite.report import render, write_report
 from unwrite.scores import ROLES, as_json, score
 from unwrite.where import located, percent
 
 SIGNED = {"at": "2026-11-21T09:40:24Z", "by": "ada", "unwrite": "0.1.0"}
-KINDS = ("q", "k", "v", "o", "gate", "up", "down", "norm")
-HOSTILE = "<script>alert(1)</script>\"'&\u202e\x00\x1b[31m<img src=http://x.test/a onerror=b>\ud800"
 
 
 # Homes written by hand ----------------------------------------------------------------------------
-
-
-def row(edit: str, role: str, prompt: str, target: str, text: str, right: bool) -> dict[str, Any]:
-    return {
-        "edit": edit,
-        "role": role,
-        "prompt": prompt,
-        "target": target,
-        "target_tokens": 2,
-        "matched_tokens": 2 if right else 1,
-        "predicted": [7, 8 if right else sum(map(ord, text))],
-        "logprob": -1.5,
-        "text": text,
-    }
-
-
-def facts(count: int, wrong: int = 0, moved: int = 0) -> tuple[list[Any], list[Any]]:
-    """Observations of ``count`` facts before and after: the last ones wrong, first ones' bystanders
-    moved."""
-    before, after = [], []
-    for n in range(count):
-        edit, asked = f"e{n}", f"The capital of country {n} is"
-        said = f"Newtown {n}" if n < count - wrong else f"Oldtown {n}"
-        for rows, text in ((before, f"Oldtown {n}"), (after, said)):
-            right = text.startswith("New")
-            rows.append(row(edit, "reliability", asked, f"Newtown {n}", text, right))
-            rows.append(row(edit, "generality", f"{asked} called", f"Newtown {n}", text, right))
-            rows.append(row(edit, "old_recall", asked, f"Oldtown {n}", text, not right))
-        beside = "A pear is a"
-        for rows, text in ((before, "fruit"), (after, "fruit" if n >= moved else "tree")):
-            rows.append(row(edit, "locality", f"{beside} {n}", "fruit", text, text == "fruit"))
-    return before, after
-
-
-def shares(blocks: int = 3) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors of a delta and the places of the model: two tensors changed, one in no block."""
-    known = {"size": 4, "squared_norm": 100.0}
-    places = {
-        f"layers.{block}.{kind}": {"block": block, "kind": kind, **known}
-        for block in range(blocks)
-        for kind in KINDS
-    }
-    places["embed"] = {"block": None, "kind": "embedding", **known}
-    fact = {"encoding": "dense", "shape": [2, 2], "changed": 4, "bytes": 16}
-    tensors = {
-        "layers.1.down": {**fact, "squared_norm": 0.75},
-        "embed": {**fact, "squared_norm": 0.25},
-    }
-    return tensors, places
 
 
 def make_home(
@@ -155,55 +116,6 @@ def make_home(
         line = {"do": "revert", "of": names[index], **SIGNED, "why": "no", "fingerprint": "b" * 64}
         ledger = ledger.append(line)
     return folder
-
-
-class Page(html.parser.HTMLParser):
-    """What a browser finds: tags with attributes, visible text, style and script, and the knowledge
-    diff cell by cell."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.raw: dict[str, str] = {}
-        self.text = ""
-        self.verdict = ""
-        self.rows: list[list[str]] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "input", "col"):
-            self._open.append(tag)
-        if tag == "tr":
-            self.rows.append([])
-        if tag in ("td", "th"):
-            self.rows[-1].append("")
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        inner = self._open[-1] if self._open else ""
-        if inner in ("style", "script"):
-            self.raw[inner] = self.raw.get(inner, "") + data
-            return
-        self.text += data
-        if inner == "h1":
-            self.verdict += data
-        if "td" in self._open or "th" in self._open:
-            self.rows[-1][-1] += data
-
-    def close(self) -> None:
-        super().close()
-        assert not self._open, f"never closed: {self._open}"
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def page_of(home: Path) -> Page:
@@ -346,7 +258,7 @@ def test_a_bystander_of_several_edits_is_one_row():
     before = [row(f"e{n}", "locality", "A pear is a", "fruit", "fruit", True) for n in range(3)]
     found = answers(before, before)
     assert found == [Answer("same", "locality", "A pear is a", *["fruit"] * 3, 2, 2)] * 3
-    (group,) = reporting._grouped(found, 10_000)
+    (group,) = knowledge.grouped(found, 10_000)
     assert group.answers == [(found[0], 3)]
     assert (group.total, group.left_out) == (3, 0)
 
@@ -369,7 +281,7 @@ def test_observations_of_different_questions_are_refused():
 def test_long_diffs_are_cut_and_say_so(tmp_path):
     page = page_of(make_home(tmp_path / "home", [facts(400, wrong=3, moved=2)]))  # 1,200 rows
     marks = [cells[0] for cells in page.rows if len(cells) == 7][1:]
-    assert len(marks) == reporting.ROWS
+    assert len(marks) == knowledge.ROWS
     assert marks[:8] == ["✗ still old"] * 6 + ["✗ moved"] * 2
     assert "800 more are left out here" in page.text
 
@@ -377,7 +289,7 @@ def test_long_diffs_are_cut_and_say_so(tmp_path):
 def test_the_worst_home_stays_below_three_megabytes(tmp_path):
     before, after = facts(40, wrong=20, moved=40)
     for number, one in enumerate(after):
-        one["text"] = f"{number}" + '"' * reporting.ANSWER
+        one["text"] = f"{number}" + '"' * knowledge.ANSWER
     _, places = shares(blocks=126)
     home = make_home(
         tmp_path / "home",
@@ -397,16 +309,12 @@ def test_the_worst_home_stays_below_three_megabytes(tmp_path):
 def test_the_budget_of_bytes_holds_for_any_text():
     answer = Answer("wrong", "reliability", '"' * 300, '"' * 200, '"' * 200, '"' * 200, 0, 1)
     many = [answer, *(Answer(**{**asdict(answer), "tokens": n}) for n in range(2, 300))]
-    (group,) = reporting._grouped(many, 100_000)
+    (group,) = knowledge.grouped(many, 100_000)
     assert len(group.answers) == 100_000 // (350 + 5 * 900)
     assert group.left_out == len(many) - len(group.answers)
 
 
 # Harmless -----------------------------------------------------------------------------------------
-
-
-def tags_of(page: Page) -> list[str]:
-    return [tag for tag, _ in page.tags]
 
 
 def hostile_home(folder: Path, text: str) -> Path:
@@ -440,7 +348,7 @@ def harmless_tags(tmp_path_factory) -> list[str]:
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 def test_no_text_changes_the_structure(tmp_path_factory, harmless_tags, text):
     folder = tmp_path_factory.mktemp("home")
-    if not reporting.answer_in(text):
+    if not knowledge.answer_in(text):
         text = "x" + text
     page = page_of(hostile_home(folder / "home", text))
     assert tags_of(page) == harmless_tags
@@ -455,7 +363,7 @@ def test_plain_hides_nothing_and_keeps_its_length(text, limit):
         c.isprintable()
         or c in "\u200c\u200d\u00ad\u00a0\u3000"
         or c.isspace()
-        or reporting.unicodedata.category(c) in ("Cn", "Zs")
+        or unicodedata.category(c) in ("Cn", "Zs")
         for c in shown
     )
     assert not re.search("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", shown)
@@ -476,24 +384,7 @@ def test_long_answers_end_with_an_ellipsis(tmp_path):
 
 def test_nothing_is_requested_and_nothing_foreign_runs(tmp_path):
     text = render(make_home(tmp_path / "home", [facts(3, wrong=1)], why=HOSTILE[:-1]))
-    page = Page(text)
-    for tag, attributes in page.tags:
-        assert tag not in ("link", "img", "iframe", "object", "embed", "base", "form")
-        assert not {"src", "srcset", "style", "action", "data", "poster"} & attributes.keys()
-        assert not any(name.startswith("on") for name in attributes)
-        assert (attributes.get("href") or "#").startswith("#")
-    assert not re.search(r"url\(|@import|@font-face|https?:", page.raw["style"])
-    assert not re.search(r"fetch|XMLHttp|import|innerHTML|eval|https?:", page.raw["script"])
-    policies = [meta["content"] for meta in page.all("meta") if "http-equiv" in meta]
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(page.raw[tag].encode("utf-8")).digest()).decode()
-        for tag in ("style", "script")
-    }
-    assert policies == [
-        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; "
-        f"script-src 'sha256-{hashes['script']}'; base-uri 'none'; form-action 'none'"
-    ]
-    assert text.index("Content-Security-Policy") < text.index("<style>")
+    assert_self_contained(text)
 
 
 # Where the change lives ---------------------------------------------------------------------------
@@ -505,7 +396,7 @@ def test_heat_map_shares():
     assert heat.kinds == ["embedding", *KINDS]
     assert [label for label, _, _ in heat.rows] == ["0", "1", "2", "outside"]
     assert [total for _, _, total in heat.rows] == [0.0, 0.75, 0.0, 0.25]
-    assert heat.rows[1][1][heat.kinds.index("down")] == (0.75, reporting.SHADES)
+    assert heat.rows[1][1][heat.kinds.index("down")] == (0.75, heatmap.SHADES)
     assert heat.rows[1][1][0] is None, "no embedding inside a block"
     assert heat.rows[0][1][1] == (0.0, 0), "a tensor that did not change"
     assert heat.summary == (
@@ -529,7 +420,7 @@ def test_heat_map_is_a_division_of_one(norms):
     cells = [cell for _, row_cells, _ in heat.rows for cell in row_cells if cell]
     assert sum(share for share, _ in cells) == pytest.approx(1)
     assert sum(heat.totals) == pytest.approx(1)
-    assert {shade for _, shade in cells} <= set(range(reporting.SHADES + 1))
+    assert {shade for _, shade in cells} <= set(range(heatmap.SHADES + 1))
     assert all(shade > 0 for share, shade in cells if share > 0)
     assert all(share == 0 for share, shade in cells if shade == 0)
 
@@ -539,10 +430,6 @@ def test_nothing_changed_has_no_heat_map():
     assert whereabouts(located({}, {}, shares()[1])) is None
     still = {"embed": {"squared_norm": 0.0, "changed": 0, "size": 4}}
     assert heat_map(where.rows(still, {})) is None
-
-
-def probe(name: str, mean: float = 0.5) -> dict[str, Any]:
-    return {name: {"mean": mean, "squared_norm": 4 * mean * mean, "changed": 4, "size": 4}}
 
 
 def test_every_delta_has_its_measures_and_its_map(tmp_path):
@@ -706,11 +593,13 @@ def luminance(colour: Sequence[float]) -> float:
 
 def test_contrast_is_enough_in_every_scheme():
     """WCAG AA, 4.5 to 1, for text on the page, on the quiet ground and on every shade of heat."""
-    source = Path(reporting.__file__).with_name("report.html.jinja").read_text("utf-8")
+    source = (
+        Path(reporting.__file__).with_name("templates").joinpath("style.css").read_text("utf-8")
+    )
     schemes = re.findall(r":root \{([^}]*)\}", source)
     ramp = re.findall(r"var\(--accent\) (\d+)%, var\(--paper\)\); color: var\(--([\w-]+)\)", source)
     assert len(schemes) == 3, "light, dark, print"
-    assert len(ramp) == reporting.SHADES
+    assert len(ramp) == heatmap.SHADES
     for scheme in schemes:
         names = dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6}|var\(--[\w-]+\));", scheme))
 
@@ -727,6 +616,7 @@ def test_contrast_is_enough_in_every_scheme():
         grounds = [(t, colour(g)) for t in ("ink", "muted", "accent") for g in ("paper", "wash")]
         grounds += [(text, mixed(int(part))) for part, text in ramp]
         grounds += [("paper", colour("ink"))]
+        grounds += [(f"hue{n}", colour("paper")) for n in range(plots.HUES)]
         for text, ground in grounds:
             light, dark = sorted((luminance(colour(text)), luminance(ground)), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5, (scheme, text, ground)

@@ -4,6 +4,8 @@ cells/delicate-zsre-n100-s0-1a2b3c4d/
   cell.json         the method with all settings, and the environment
   before.jsonl      the starting state, probe by probe
   after.jsonl       the state after the updates
+  rivals-before.jsonl, rivals-after.jsonl   what was forced besides, where it was asked for
+  robust/           the same after what befalls a model, where it was asked for
   tensors.json      how each tensor changed (mode batch)
   result.json       scores, costs, fingerprints; written last, so a cell with it is finished
   failed.json       instead: the sentence that the method failed with
@@ -12,12 +14,12 @@ cells/delicate-zsre-n100-s0-1a2b3c4d/
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unwrite import record
+from unwrite import ability, neighbour_metrics, record, robustness
 from unwrite import scores as scoring
 from unwrite.bench import Bench
 from unwrite.delta import Delta, DeltaSummary
@@ -27,12 +29,16 @@ from unwrite.errors import TrainingFailed
 from unwrite.files import read_json, sync_folder, write_json, write_jsonl
 from unwrite.grid import Cell
 from unwrite.measuring import Meter
+from unwrite.observe import Question
 from unwrite.reference import InContext
-from unwrite.start import Start
+from unwrite.start import Start, asked
 
 RESULT, FAILED = "result.json", "failed.json"
 TENSORS, WHERE = "tensors.json", "where.json"
+RIVALS_BEFORE, RIVALS_AFTER = "rivals-before.jsonl", "rivals-after.jsonl"
+STEPS, ROBUST = "steps", "robust"
 
+Ask = Callable[[Sequence[Question]], list[dict[str, Any]]]
 Learn = Callable[[Sequence[Edit]], Delta]  # the method, on the state that the bench is in
 
 
@@ -50,6 +56,8 @@ class Outcome:
     where: dict[str, Any] | None = None
     steps: list[dict[str, Any]] | None = None
     worst: float | None = None  # the highest perplexity after a single edit
+    rivals: list[dict[str, Any]] = field(default_factory=list)  # forced besides, in this state
+    deltas: Sequence[Delta] = ()  # what the base is changed by, of a state that there is
 
 
 def compute(
@@ -69,13 +77,23 @@ def compute(
     write_jsonl(folder / "before.jsonl", start.before)
     work = _Work(folder, method, learn, start, bench, Meter())
     outcome: Outcome = getattr(work, bench.protocol.mode)()
+    memory = work.meter.memory()  # what is measured on request is no cost of the method
     write_jsonl(folder / "after.jsonl", outcome.after)
+    if bench.protocol.neighbour_metrics:
+        write_jsonl(folder / RIVALS_BEFORE, start.rivals)
+        write_jsonl(folder / RIVALS_AFTER, outcome.rivals)
     if outcome.where is not None:
         tensors = {name: asdict(facts) for name, facts in outcome.facts.items()}
         write_json(folder / TENSORS, tensors)
         write_json(folder / WHERE, outcome.where)
+    general = work.general_ability(outcome)
+    robust = {name: work.check(name, outcome) for name in bench.protocol.robust}
+    shutil.rmtree(folder / STEPS, ignore_errors=True)
     sync_folder(folder)
-    write_json(folder / RESULT, _result(cell, outcome, work))
+    result = _result(cell, outcome, work) | {"memory": memory}
+    asked_for = {"robust": robust, "lm_eval": general}
+    result |= {name: found for name, found in asked_for.items() if found}
+    write_json(folder / RESULT, result)
     bench.become(start.deltas)
 
 
@@ -112,9 +130,12 @@ class _Work:
             fingerprint = bench.fingerprint(deltas) if delta else start.fingerprint
         with self.meter.of("observe"):
             after = self._rows(start.before, changed=bool(delta))
+            rivals = self._rows(start.rivals, changed=bool(delta), ask=bench.force)
             perplexity = bench.perplexity() if delta else start.perplexity
         return Outcome(
             after=after,
+            rivals=rivals,
+            deltas=deltas,
             perplexity=perplexity,
             facts=facts,
             delta=_summary(facts, bench.base.parameters),
@@ -139,7 +160,7 @@ class _Work:
                 with self.meter.of("arithmetic"):
                     if delta:
                         # On disk, as in a home: all of them are needed until the end.
-                        deltas.append(delta.save(self.folder / "steps" / f"{number:04}"))
+                        deltas.append(delta.save(self.folder / STEPS / f"{number:04}"))
                         bench.become([*start.deltas, *deltas])
                 with self.meter.of("observe"):
                     perplexity = bench.perplexity() if deltas else start.perplexity
@@ -158,14 +179,17 @@ class _Work:
             bench.become([*start.deltas, *deltas])
             with self.meter.of("observe"):
                 after = self._rows(start.before, changed=bool(deltas))
+        with self.meter.of("observe"):
+            rivals = self._rows(start.rivals, changed=bool(deltas), ask=bench.force)
         with self.meter.of("arithmetic"):
             fingerprint = bench.fingerprint([*start.deltas, *deltas])
             total = sum(deltas[1:], start=deltas[0]) if deltas else Delta.nothing()
             summary = _summary(total.facts(), bench.base.parameters)
             summary["bytes"] = sum(delta.summary().bytes for delta in deltas)
-        shutil.rmtree(self.folder / "steps", ignore_errors=True)
         return Outcome(
             after=after,
+            rivals=rivals,
+            deltas=[*start.deltas, *deltas],
             perplexity=steps[-1]["perplexity"],
             facts={},
             delta=summary,
@@ -179,7 +203,7 @@ class _Work:
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """All rows after a chunk, and the scores: on its own edits, on those of all earlier chunks,
         and, for the retention matrix, the reliability of each chunk so far."""
-        before = [self._of(chunk) for chunk in chunks]
+        before = [self._of(chunk, self.start.before) for chunk in chunks]
         rows = self._rows([row for part in before for row in part], changed)
         after: list[list[dict[str, Any]]] = []
         used = 0
@@ -204,6 +228,7 @@ class _Work:
         """Every edit alone, from the starting state; the scores are pooled."""
         start, bench = self.start, self.bench
         after: list[dict[str, Any]] = []
+        rivals: list[dict[str, Any]] = []
         summaries: list[dict[str, Any]] = []
         perplexities: list[float] = []
         notes: list[dict[str, Any]] = []
@@ -215,12 +240,15 @@ class _Work:
                     summaries.append(_summary(delta.facts(), bench.base.parameters))
                     bench.become([*start.deltas, *([delta] if delta else [])])
                 with self.meter.of("observe"):
-                    after += self._rows(self._of([edit]), changed=bool(delta))
+                    own, besides = (self._of([edit], rows) for rows in (start.before, start.rivals))
+                    after += self._rows(own, changed=bool(delta))
+                    rivals += self._rows(besides, changed=bool(delta), ask=bench.force)
                     perplexities.append(bench.perplexity() if delta else start.perplexity)
                 notes.append(record.notes_of(delta))
                 advance(1, "")
         return Outcome(
             after=after,
+            rivals=rivals,
             perplexity=sum(perplexities) / len(perplexities),
             worst=max(perplexities),
             facts={},
@@ -229,35 +257,70 @@ class _Work:
             notes=_joined(notes),
         )
 
+    def general_ability(self, outcome: Outcome) -> dict[str, Any] | None:
+        """What lm-eval finds before and after; a state without a change is not asked again."""
+        start, bench = self.start, self.bench
+        before = start.facts.get("lm_eval")
+        if before is None:
+            return None
+        bench.become(outcome.deltas)
+        changed = outcome.fingerprint != start.fingerprint
+        after = bench.ability(start.edits) if changed else before
+        return {"version": ability.version(), "before": before, "after": after}
+
+    def check(self, name: str, outcome: Outcome) -> dict[str, Any]:
+        """What one check of robustness finds of the state that was reached; its rows are stored."""
+        start = self.start
+
+        def answers(rows: Sequence[Mapping[str, Any]], ask: Ask) -> list[dict[str, Any]]:
+            return self._rows(rows, changed=True, ask=ask)
+
+        subject = robustness.Subject(
+            bench=self.bench,
+            deltas=outcome.deltas,
+            edits=start.edits,
+            before=start.before,
+            chat=start.chat,
+            after=outcome.after,
+            answers=answers,
+            scratch=self.folder / "reloaded",
+        )
+        found = robustness.run(name, subject)
+        (self.folder / ROBUST).mkdir(exist_ok=True)
+        for stem, rows in found.rows.items():
+            write_jsonl(self.folder / ROBUST / f"{stem}.jsonl", rows)
+        return found.facts
+
     def _learned(self, edits: Sequence[Edit]) -> Delta:
         with self.meter.of("train"):
             delta = self.learn(edits)
         with self.meter.of("arithmetic"):
             return delta.in_memory()  # a lazy view would be computed three times
 
-    def _of(self, edits: Sequence[Edit]) -> list[dict[str, Any]]:
-        """The rows of the starting state that belong to these edits."""
+    def _of(self, edits: Sequence[Edit], rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Of rows of the starting state, those that belong to these edits."""
         names = {str(edit.id) for edit in edits}
-        return [row for row in self.start.before if row["edit"] in names]
+        return [row for row in rows if row["edit"] in names]
 
-    def _rows(self, before: Sequence[dict[str, Any]], changed: bool) -> list[dict[str, Any]]:
+    def _rows(
+        self, before: Sequence[Mapping[str, Any]], changed: bool, ask: Ask | None = None
+    ) -> list[dict[str, Any]]:
         """What the state that the bench is in says to the probes of ``before``."""
-        names = {row["edit"] for row in before}
-        probes = [probe for probe in self.start.probes if probe.edit in names]
+        probes, ask = asked(before), ask or self.bench.observe
         if isinstance(self.method, InContext):
-            told = self.bench.observe(self.method.told(self.start.edits, probes))
+            told = ask(self.method.told(self.start.edits, probes))
             return [
                 {**row, "prompt": probe.prompt} for row, probe in zip(told, probes, strict=True)
             ]
         # A state without a change has been asked already.
-        return self.bench.observe(probes) if changed else list(before)
+        return ask(probes) if changed else [dict(row) for row in before]
 
 
 def _result(cell: Cell, outcome: Outcome, work: _Work) -> dict[str, Any]:
     """What ``compare --json`` prints of a cell; the fields of ``update --json`` and more."""
     start, bench = work.start, work.bench
     perplexity = {"before": start.perplexity, "after": outcome.perplexity}
-    return {
+    result = {
         "id": cell.name,
         "committed": False,  # a comparison keeps no change
         "method": cell.method,
@@ -275,12 +338,17 @@ def _result(cell: Cell, outcome: Outcome, work: _Work) -> dict[str, Any]:
         },
         "perplexity": perplexity | ({} if outcome.worst is None else {"worst": outcome.worst}),
         "delta": outcome.delta,
-        "memory": work.meter.memory(),
         "start_fingerprint": start.fingerprint,
         "fingerprint": outcome.fingerprint,
         "notes": outcome.notes,
         "steps": outcome.steps,
     }
+    if bench.protocol.neighbour_metrics:
+        result["neighbour_metrics"] = {
+            "before": neighbour_metrics.metrics(start.before, start.before, start.rivals),
+            "after": neighbour_metrics.metrics(start.before, outcome.after, outcome.rivals),
+        }
+    return result
 
 
 def _summary(facts: dict[str, TensorFacts], parameters: int) -> dict[str, Any]:

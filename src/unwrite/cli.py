@@ -6,19 +6,23 @@ nothing was committed; 130 interrupted, nothing half-done.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from unwrite.cli_finetune import finetune
+from unwrite.cli_forgetting import app as forgetting_app
 from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, harmless, score_rows
-from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet, UnwriteError
-from unwrite.files import readable_size, speaking_of_disk
+from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
+from unwrite.files import readable_size
+from unwrite.verb import RESUMABLE as _RESUMABLE
+from unwrite.verb import pairs as _pairs
+from unwrite.verb import verb as _verb
 
 if TYPE_CHECKING:
     from unwrite.edits import Edits
@@ -31,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+app.add_typer(forgetting_app, name="forgetting")
 
 
 @app.callback()
@@ -385,6 +391,26 @@ TokenOnly = Annotated[
 ]
 ModeOption = Annotated[str, typer.Option(help="batch, sequential (with --chunk) or single.")]
 Chunk = Annotated[int | None, typer.Option(help="Edits in one sequential step.", min=1)]
+NeighbourMetrics = Annotated[
+    bool,
+    typer.Option("--neighbour-metrics", help="Also the scores of ROME and EasyEdit, as named."),
+]
+Robust = Annotated[
+    str,
+    typer.Option(
+        help="Score each state again after: save-reload, bf16, int8, int4, chat, relearn:STEPS, "
+        "with commas.",
+        metavar="CHECK,...",
+    ),
+]
+LmEval = Annotated[
+    str,
+    typer.Option(
+        "--lm-eval",
+        help="Tasks of lm-evaluation-harness before and after; 'unwrite' for two bundled ones.",
+        metavar="TASK,...",
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda; default: the GPU if there is one.")]
 
 
@@ -416,14 +442,17 @@ def compare(
     token_only: TokenOnly = False,
     mode: ModeOption = "batch",
     chunk: Chunk = None,
+    neighbour_metrics: NeighbourMetrics = False,
+    robust: Robust = "",
+    lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Methods side by side on the same facts; goes on where it was interrupted.
 
-    RUN/table.md, table.csv and table.json are rewritten after every method. The same command again
-    computes only what is missing; more methods, seeds, limits and edit sets can be added.
+    RUN/report.html, table.md, table.csv and table.json are rewritten after every method. The same
+    command again computes only what is missing; methods, seeds, limits and edit sets can be added.
     """
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
@@ -441,6 +470,9 @@ def compare(
             only_known=only_known,
             exact=not token_only,
             chunk=chunk,
+            neighbour_metrics=neighbour_metrics,
+            robust=_split(robust),
+            lm_eval=_split(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -472,6 +504,9 @@ def sweep(
     token_only: TokenOnly = False,
     mode: ModeOption = "batch",
     chunk: Chunk = None,
+    neighbour_metrics: NeighbourMetrics = False,
+    robust: Robust = "",
+    lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
     as_json: Json = False,
@@ -494,6 +529,9 @@ def sweep(
             only_known=only_known,
             exact=not token_only,
             chunk=chunk,
+            neighbour_metrics=neighbour_metrics,
+            robust=_split(robust),
+            lm_eval=_split(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -501,25 +539,73 @@ def sweep(
         _show_comparison(out, found)
 
 
+app.command()(finetune)
+
+
 @app.command()
 def report(
-    home: HomeArgument,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a home or of a comparison.", metavar="RUN_OR_HOME")
+    ],
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a home (default: HOME/report.html)."""
+    """Write one self-contained HTML page about a home or a comparison (default: in its folder)."""
     with _verb(as_json) as out:
+        from unwrite import report as of_home
+        from unwrite import run_report as of_run
         from unwrite.grid import is_run
-        from unwrite.report import write_report
 
-        if is_run(home):
-            raise BadSetting(
-                f"{home} is a comparison, and pages are made of homes only. Read its tables, such "
-                f"as {home / 'table.md'}."
-            )
-        path = write_report(home, out_file)
+        path = (of_run if is_run(folder) else of_home).write_report(folder, out_file)
         out.data(str(path))
         out.result({"report": str(path)})
+
+
+@app.command()
+def serve(
+    home: HomeArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine need --expose.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen at; 0: any free one.", min=0, max=65535)
+    ] = 8642,
+    expose: Annotated[
+        bool, typer.Option("--expose", help="Let other machines in, who have the key.")
+    ] = False,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page.")] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """The report of a home, live in the browser: ask, change, commit or discard, undo."""
+    with _verb(as_json) as out:
+        try:
+            from unwrite import serve as server
+        except ModuleNotFoundError as error:
+            if error.name not in ("starlette", "uvicorn"):
+                raise
+            raise BadSetting(
+                f"'unwrite serve' needs {error.name}, which is not installed: "
+                "pip install 'unwrite[serve]'"
+            ) from None
+
+        def ready(address: str) -> None:
+            out.say(f"{home} is served at this address until Ctrl-C:")
+            out.data(address)
+            out.result({"home": str(home), "address": address})
+            sys.stdout.flush()
+
+        server.serve(
+            home,
+            host=host,
+            port=port,
+            expose=expose,
+            open_browser=open_browser,
+            trust_remote_code=trust_remote_code,
+            command=_command(),
+            on_ready=ready,
+            say=out.say,
+        )
 
 
 @app.command()
@@ -608,29 +694,6 @@ def main() -> None:
 # ---- shared by the verbs ---------------------------------------------------------------------
 
 
-_COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
-_RESUMABLE = "What is finished is kept; the same command goes on from there."
-
-
-@contextlib.contextmanager
-def _verb(as_json: bool, interrupted: str = _COMMITTED) -> Iterator[Terminal]:
-    """Errors for people end with their sentence and exit code, without a traceback."""
-    out = Terminal(as_json)
-    try:
-        with speaking_of_disk("finish this"):
-            yield out
-    except UnwriteError as error:
-        out.fail(str(error))
-        out.result({"error": str(error)})
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        out.fail(f"Interrupted. {interrupted}")
-        raise typer.Exit(130) from None
-    except MemoryError:
-        out.fail("The memory of this machine ran out; nothing was changed.")
-        raise typer.Exit(2) from None
-
-
 def _terminate(_signal: int, _frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -658,18 +721,6 @@ def _known(facts: Edits, home: Home, out: Terminal) -> Edits:
     known = read_edits(facts, known_to=home.model())
     out.say(f"The model knows {len(known)} of the {known.asked} facts asked; those are used.")
     return known
-
-
-def _pairs(settings: list[str], option: str = "--set") -> dict[str, str]:
-    pairs = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise BadSetting(f"{option} takes KEY=VALUE, not {setting!r}.")
-        if key in pairs:
-            raise BadSetting(f"{option} {key} is given twice.")
-        pairs[key] = value
-    return pairs
 
 
 def _split(text: str) -> list[str]:
@@ -703,6 +754,7 @@ def _show_comparison(out: Terminal, found: Any) -> None:
     for one in found.failed:
         out.warn(f"{one['method']} on {one['edits']} failed: {one['error']}")
     out.say(f"All figures, before and after, with intervals: {found.folder / 'table.md'}")
+    out.say(f"The same as a page, with what every method said: {found.folder / 'report.html'}")
     out.result({"run": str(found.folder), "rows": found.rows, "failed": found.failed})
 
 

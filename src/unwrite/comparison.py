@@ -6,6 +6,7 @@
       starts/…                  one for each edit set and size: records, planted delta, observations
       cells/…                   one for each method, edit set, size and seed
       table.md, .csv, .json     rewritten after every cell
+      report.html               the same on a page, with what every method said; rewritten, too
 
 A finished cell is never computed again, and an unfinished one leaves nothing that is used, so a run
 that was killed and started again gives the same numbers as one that was not.
@@ -18,15 +19,15 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unwrite import ability, grid, methods, robustness, tables
 from unwrite import base as bases
 from unwrite import cell as cells
-from unwrite import grid, methods, tables
 from unwrite.base import Base
 from unwrite.bench import Bench
 from unwrite.delta import Delta
@@ -46,6 +47,7 @@ from unwrite.model import Model
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.reference import NAMES, RandomDelta, RandomMask, references
+from unwrite.run_report import RunReport
 from unwrite.start import NAME as START
 from unwrite.start import Start, check_plantable, planting, remove_temporaries
 
@@ -90,6 +92,9 @@ def compare(
     exact: bool = True,
     mode: Mode = "batch",
     chunk: int | None = None,
+    neighbour_metrics: bool = False,
+    robust: Sequence[str] = (),
+    lm_eval: Sequence[str] = (),
     trust_remote_code: bool = False,
     device: str | None = None,
     progress: Reporter | None = None,
@@ -104,7 +109,12 @@ def compare(
     use, of those records, the facts that the base answers with ``old``. ``references``: rows in
     brackets beside the methods (see ``unwrite.reference``). ``exact=False``: no free generation,
     exact scores are null. ``mode``: all edits in one update (``"batch"``), ``chunk`` by ``chunk``
-    (``"sequential"``), or each alone (``"single"``).
+    (``"sequential"``), or each alone (``"single"``). ``neighbour_metrics``: also the scores of
+    ROME and EasyEdit, under their names (see ``unwrite.neighbour_metrics``). ``robust``: score each
+    state again after what may happen to it: ``save-reload``, ``bf16``, ``int8``, ``int4``,
+    ``chat``, ``relearn:STEPS`` (see ``unwrite.robustness``; not with single edits). ``lm_eval``:
+    tasks of lm-evaluation-harness to run before and after; ``"unwrite"`` for the two that are
+    bundled (needs the extra ``lm-eval``; not with single edits).
 
     What ``out`` has already is not computed again; more methods, seeds, sizes and edit sets may be
     added to it. A method that fails in a cell is noted there, the others go on, and the next call
@@ -118,6 +128,17 @@ def compare(
     chosen = grid.named_methods(methods)
     seeds, sizes = grid.check_numbers(seeds, sizes)
     protocol = _protocol(plant, plant_lr, only_known, offset, mode, chunk, exact)
+    protocol = replace(
+        protocol,
+        neighbour_metrics=bool(neighbour_metrics),
+        robust=robustness.checked(robust),
+        lm_eval=ability.checked(lm_eval),
+    )
+    if mode == "single" and (protocol.robust or protocol.lm_eval):
+        raise BadSetting(
+            "Robustness and lm-eval are about one state, and single edits make a state each. Use "
+            "the mode batch or sequential, or leave them out."
+        )
     chosen = _with_references(references, chosen, mode)
     sets = grid.edit_sets(edits, offset)
     if plant:
@@ -204,7 +225,7 @@ class _Run:
         self.asked, self.plan = asked, asked
         self.chosen, self.progress = chosen, progress
         self.sets = {one.label: one for one in sets}
-        self.tables = tables.Tables(folder)
+        self.tables, self.report = tables.Tables(folder), RunReport(folder)
         self._bench: Bench | None = None
         self._known: dict[str, list[bool]] = {}
         self._perplexities: dict[str, float] = {}
@@ -223,10 +244,14 @@ class _Run:
                 progress=self.progress,
             )
             self._bench = Bench(model, self.base, self.asked.protocol)
+            self._bench.trust_remote_code = self.trust_remote_code
         return self._bench
 
     def check(self) -> None:
-        """What only the model can tell: whether it reads the edits, and knows any."""
+        """What only the model can tell: whether it reads the edits, and knows any; and whether
+        the tasks of lm-eval are there."""
+        if self.asked.protocol.lm_eval:
+            ability.check_tasks(self.asked.protocol.lm_eval)
         for label, size in dict.fromkeys(cell.place for cell in self.asked.cells):
             edits = self._chosen_edits(label, size)
             try:
@@ -252,8 +277,10 @@ class _Run:
         self.progress.say(
             f"{len(self.asked.cells)} cells, {len(self.asked.cells) - len(todo)} of them finished."
         )
+        if todo and self.asked.protocol.lm_eval:
+            ability.check_tasks(())
         self._drop_donors(todo)
-        self.tables.write(self.plan)
+        self._write_tables()
         failures: list[UnwriteError] = []
         bugs: list[Exception] = []
         with self.progress.stage("comparing", len(todo)) as advance:
@@ -276,12 +303,16 @@ class _Run:
                     self._note_failure(cell, f"{type(error).__name__}: {error}")
                 todo.pop(0)
                 self._drop_donors(todo)
-                self.tables.write(self.plan)
+                self._write_tables()
                 advance(1, cell.method)
         if bugs:
             raise bugs[0]
         if failures and len(failures) == len(self.asked.cells):
             raise failures[0]
+
+    def _write_tables(self) -> None:
+        self.tables.write(self.plan)
+        self.report.write()
 
     def comparison(self) -> Comparison:
         """What the run holds now."""

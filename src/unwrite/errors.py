@@ -18,6 +18,10 @@ class BadEdits(UnwriteError):
     """An edits file, or one record in it, cannot be used."""
 
 
+class BadTask(BadEdits):
+    """A file of a task, or one record in it, cannot be used."""
+
+
 class BadSetting(UnwriteError):
     """A method, field or command-line value does not exist or has the wrong type."""
 
@@ -54,3 +58,9 @@ class RequirementNotMet(UnwriteError):
 
     exit_code = 3
     update: Any = None
+
+
+class UpdateDiscarded(UnwriteError):
+    """The update was trained and measured, and whoever was asked to confirm it declined."""
+
+    exit_code = 3

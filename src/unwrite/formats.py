@@ -103,20 +103,24 @@ class Record:
     values: Object
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file or pipe. Raises `BadEdits` if there is none or it is too large."""
+def read_bytes(path: Path, what: str = "edits") -> bytes:
+    """The content of a file or pipe. Raises `BadEdits` if there is none or it is too large.
+
+    ``what`` is what messages say the file should hold.
+    """
     name = file_name(path)
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise BadEdits(f"{name} is a folder where a file of edits is needed: name the file.")
+            raise BadEdits(f"{name} is a folder where a file of {what} is needed: name the file.")
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):
-            raise BadEdits(f"{name} is a device where a file of edits is needed: name a file.")
+            raise BadEdits(f"{name} is a device where a file of {what} is needed: name a file.")
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE + 1)  # bounded, because a pipe does not tell its size
     except FileNotFoundError:
+        bundled = "facts, `atlas`" if what == "edits" else "tasks, `bank:NAME`"
         raise BadEdits(
-            f"There is no file {name}: check the path, or use the bundled facts, `atlas`."
+            f"There is no file {name}: check the path, or use the bundled {bundled}."
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or "it is not a valid path"
@@ -126,24 +130,24 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def read_records(data: bytes, name: str) -> list[Record]:
+def read_records(data: bytes, name: str, form: str = '{"prompt": ..., "new": ...}') -> list[Record]:
     """Every record of a JSON Lines file, a JSON array of objects, or a file of one JSON object.
 
-    ``name`` is what messages call the file. A byte order mark, CRLF line ends and empty lines are
-    accepted. Raises `BadEdits` with the line (and column, where there is one) for everything else.
+    ``name`` is what messages call the file, ``form`` what they show as a record. A byte order mark,
+    CRLF line ends and empty lines are accepted. Raises `BadEdits` with the line (and column, where
+    there is one) for everything else.
     Holds the text and all records.
     """
     text = _decode(data, name)
     start = _skip_space(text, 0)
     if start == len(text):
-        raise BadEdits(f"{name} is empty: write one JSON object a line, with `prompt` and `new`.")
+        raise BadEdits(f"{name} is empty: write one JSON object a line, {form}.")
     read = _array if text[start] == "[" else _lines
     records = []
     for place, value in read(text, start, name):
         if not isinstance(value, dict):
             raise BadEdits(
-                f"{name}, {place} is {kind(value)} where a JSON object is needed: "
-                'write {"prompt": ..., "new": ...}.'
+                f"{name}, {place} is {kind(value)} where a JSON object is needed: write {form}."
             )
         records.append(Record(place, value))
     if not records:

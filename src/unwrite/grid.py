@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,7 +35,9 @@ class Protocol:
     ``start``: the model ``"as is"``; as is, and only the facts it is ``"known"`` to answer with
     ``old``; or ``"planted"``, fine-tuned on the old answers first (``planting``: the settings).
     ``exact``: whether answers are also generated freely. ``chunk``: edits in one step of the mode
-    ``sequential``.
+    ``sequential``. ``neighbour_metrics``: whether the scores of other toolkits are taken too.
+    ``robust``: what each state is checked against (``unwrite.robustness``).
+    ``lm_eval``: tasks of lm-evaluation-harness (``unwrite.ability``).
     """
 
     start: Literal["as is", "known", "planted"] = "as is"
@@ -44,6 +46,23 @@ class Protocol:
     mode: Mode = "batch"
     chunk: int | None = None
     exact: bool = True
+    # What is measured on request. Not asked for, it is not written down: so that a run of an
+    # earlier version, which did not know of it, goes on under the same names.
+    neighbour_metrics: bool = field(default=False, repr=False)
+    robust: tuple[str, ...] = field(default=(), repr=False)
+    lm_eval: tuple[str, ...] = field(default=(), repr=False)
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings as JSON gives them back, without what was not asked for."""
+        asked = {one.name: getattr(self, one.name) for one in fields(self) if not one.repr}
+        given = _plain(asdict(self))
+        return {key: value for key, value in given.items() if asked.get(key, True)}
+
+    @classmethod
+    def from_json(cls, given: Mapping[str, Any]) -> Protocol:
+        """The reverse of ``as_json``. Raises ``TypeError`` for unknown settings."""
+        lists = {name: tuple(given.get(name, ())) for name in ("robust", "lm_eval")}
+        return cls(**{**given, **lists})
 
 
 @dataclass(frozen=True)
@@ -103,7 +122,7 @@ class Plan:
     ) -> Plan:
         """The whole grid. Seeds change slowest, so that the first full table comes soon."""
         places = [(one, size, one.hash_of(size)) for one in sets for size in sizes]
-        common = [base["fingerprint"], asdict(protocol)]
+        common = [base["fingerprint"], protocol.as_json()]
         cells = []
         for number, seed in enumerate(seeds):
             for one, size, records in places:
@@ -111,11 +130,11 @@ class Plan:
                     seeded, count = methods.replaced(method, "seed", seed)
                     if count == 0 and number > 0:
                         continue  # nothing in it depends on the seed
-                    fields, own = settings(seeded), (seed if count else None)
-                    facts = [*common, records, label, fields, one.label, size, own]
+                    chosen_settings, own = settings(seeded), (seed if count else None)
+                    facts = [*common, records, label, chosen_settings, one.label, size, own]
                     words = (label, one.label, f"n{size or 'all'}", f"s{own or 0}")
                     name = f"{slug('-'.join(words))}-{_hash(facts)[:8]}"
-                    cells.append(Cell(name, label, fields, one.label, size, own))
+                    cells.append(Cell(name, label, chosen_settings, one.label, size, own))
         return cls(
             dict(base),
             protocol,
@@ -143,7 +162,7 @@ class Plan:
                 )
             return cls(
                 content["base"],
-                Protocol(**content["protocol"]),
+                Protocol.from_json(content["protocol"]),
                 content["methods"],
                 content["edits"],
                 [Cell(**cell) for cell in content["cells"]],
@@ -153,7 +172,8 @@ class Plan:
 
     def write(self, folder: Path) -> None:
         """Write ``plan.json``, atomically."""
-        write_json(folder / NAME, {"format": FORMAT, **asdict(self)})
+        content = {**asdict(self), "protocol": self.protocol.as_json()}
+        write_json(folder / NAME, {"format": FORMAT, **content})
 
     def extended(self, other: Plan, folder: Path) -> Plan:
         """This plan with the cells of ``other`` added; those it has already stay where they are.
@@ -161,7 +181,7 @@ class Plan:
         Raises ``BadSetting`` when the two contradict each other: another base or protocol, or the
         same label for something else.
         """
-        mine, theirs = asdict(self.protocol), asdict(other.protocol)
+        mine, theirs = (_plain(asdict(one.protocol)) for one in (self, other))
         mine["base"], theirs["base"] = self.base["fingerprint"], other.base["fingerprint"]
         for kind in ("methods", "edits"):
             for label, facts in getattr(other, kind).items():
@@ -230,15 +250,15 @@ def from_text(text: str) -> tuple[str, Any]:
     """Label and method from ``[LABEL=]NAME[:KEY=VALUE]...``; values hold no colon."""
     head, *pairs = text.split(":")
     label, equals, name = head.rpartition("=")
-    fields: dict[str, str] = {}
+    given: dict[str, str] = {}
     for pair in pairs:
         key, sign, value = pair.partition("=")
-        if not sign or not key or key in fields:
+        if not sign or not key or key in given:
             raise BadSetting(
                 f"{text!r} is not a method: write [LABEL=]NAME:KEY=VALUE:KEY=VALUE, each key once."
             )
-        fields[key.strip()] = value
-    return (label if equals else text), methods.build(name.strip(), fields)
+        given[key.strip()] = value
+    return (label if equals else text), methods.build(name.strip(), given)
 
 
 def edit_sets(
@@ -299,12 +319,12 @@ def settings(method: Any) -> dict[str, Any]:
         )
     if not is_dataclass(method) or isinstance(method, type):
         raise BadSetting(f"{method!r} is not an instance of a frozen dataclass, as methods are.")
-    fields = methods.settings_of(method)
+    given = methods.settings_of(method)
     try:
-        return dict(_plain(fields))
+        return dict(_plain(given))
     except TypeError:
         raise BadSetting(
-            f"The settings of a method cannot be written down: {fields}. Fields are numbers, "
+            f"The settings of a method cannot be written down: {given}. Fields are numbers, "
             "texts, truth values, lists of these, or methods."
         ) from None
 

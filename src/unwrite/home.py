@@ -23,11 +23,11 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import InitVar, dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from unwrite import base as bases
 from unwrite import methods, record, where
@@ -43,6 +43,7 @@ from unwrite.errors import (
     RequirementNotMet,
     TrainingFailed,
     UnwriteError,
+    UpdateDiscarded,
 )
 from unwrite.export import export_state
 from unwrite.files import (
@@ -81,6 +82,7 @@ class Home:
         self._model: Model | None = None
         self._held: list[str] | None = None  # the updates that the network in memory includes
         self._sound: set[str] = set()  # the updates whose stored tensors were found undamaged
+        self._candidate: Update | None = None  # measured, and waiting for ``confirm``
 
     # ---- opening -----------------------------------------------------------------------------
 
@@ -167,7 +169,16 @@ class Home:
 
         It is the same object every time: a later call for another state changes it.
         """
-        return self._model_with(self.ledger.live(at))
+        return self._model_with(self._live(at))
+
+    def _live(self, at: str | None) -> list[str]:
+        if self._candidate is not None and at == self._candidate.id:
+            return [*self.ledger.live(), at]
+        return self.ledger.live(at)
+
+    def model_before(self, update: str) -> Model:
+        """The model as it was right before an update (the object that ``model`` returns)."""
+        return self._model_with([one for one in self.ledger.live(update) if one != update])
 
     def _model_with(self, live: Sequence[str]) -> Model:
         live = list(live)
@@ -191,6 +202,9 @@ class Home:
         """
         opened, ledger = [], self.ledger
         for update in live:
+            if self._candidate is not None and update == self._candidate.id:
+                opened.append(self._candidate.delta)
+                continue
             delta = Delta.open(self._file(ledger.entry(update), "delta/delta.json").parent)
             delta.check_base(self.base.fingerprint, self.base.name)
             if update not in self._sound:
@@ -211,13 +225,17 @@ class Home:
         why: str = "",
         seed: int | None = None,
         command: str = "",
+        confirm: Callable[[Update], bool] | None = None,
     ) -> Update:
         """Train, verify, then commit or leave everything as it was.
 
         ``method``: default ``FullFT()``. ``require``: bounds on the scores after
         (``{"locality": 0.9}`` or ``["locality>=0.9"]``); if one is missed, ``RequirementNotMet`` is
         raised with the measured ``update`` on it and nothing is kept. ``protect``: prompts whose
-        answers must survive. ``command``: how this was called, for the record.
+        answers must survive. ``command``: how this was called, for the record. ``confirm``: called
+        with the measured update (``committed`` false, its files in its folder) when only the line
+        in the ledger is missing; unless it returns true, ``UpdateDiscarded`` is raised and nothing
+        is kept. Inside it, ``model``, ``ask`` and ``before_and_after`` know the update by its id.
 
         Scores are taken on the recomposed weights that the home will give out, never on those in
         the trainer's memory. Raises ``HomeBusy`` at once if another process is updating.
@@ -230,7 +248,7 @@ class Home:
         _check_measurable(requirements, {probe.role for probe in asked})
         with speaking_of_disk(f"update {self.folder}"), only_writer(self.folder):
             self._sweep()
-            return self._update(chosen, method, requirements, asked, why, command)
+            return self._update(chosen, method, requirements, asked, why, command, confirm)
 
     def _update(
         self,
@@ -240,6 +258,7 @@ class Home:
         asked: Sequence[Question],
         why: str,
         command: str,
+        confirm: Callable[[Update], bool] | None,
     ) -> Update:
         ledger = self.ledger
         live = ledger.live()
@@ -277,6 +296,7 @@ class Home:
                 self._held = None
                 deltas = [*self.deltas(live), stored]
                 model.become(deltas)
+                self._held = [*live, name]
                 fingerprint = self.base.fingerprint_with(self.source.folder, deltas)
                 located = self.base.where(stored)
             with clock.of("observe"):
@@ -305,11 +325,13 @@ class Home:
             files = record.write_files(folder, edits, before, after, update, located, command)
             sync_folder(folder)
             sync_folder(folder.parent)
+            if confirm is not None:
+                self._check_confirmed(update, confirm)
             with _uninterrupted():
                 ledger.append(record.apply_entry(update, why, files))
-                self._held = [*live, name]
                 (folder / PARTIAL).unlink()
         except BaseException:
+            self._held = None
             if Ledger.open(ledger.path).head == ledger.head:  # not committed: leave nothing behind
                 with contextlib.suppress(OSError):
                     _remove(folder)
@@ -317,6 +339,36 @@ class Home:
             raise
         self._sound.add(name)
         return update
+
+    def _check_confirmed(self, update: Update, confirm: Callable[[Update], bool]) -> None:
+        self._candidate = replace(update, committed=False)
+        try:
+            if not confirm(self._candidate):
+                raise UpdateDiscarded("The update was discarded; the home is as it was before.")
+        finally:
+            self._candidate = None
+
+    def redo(
+        self,
+        update: str,
+        *,
+        why: str = "",
+        command: str = "",
+        confirm: Callable[[Update], bool] | None = None,
+    ) -> Update:
+        """Apply the stored change of an undone update once more: the very same change of weights,
+        as a new update on the present state, measured anew. Nothing is trained.
+
+        Undone and redone with nothing in between, the state has its bits back. Raises ``HomeError``
+        for an unknown id or an update that is live.
+        """
+        ledger = self.ledger
+        entry = ledger.entry(update)
+        if update in ledger.live():
+            raise HomeError(f"The update {update} is live: there is nothing to redo.")
+        edits = read_edits(self._file(entry, "edits.jsonl"))
+        again = _Redo(update, self.deltas([update])[0])
+        return self.update(edits, again, why=why, command=command, confirm=confirm)
 
     def _sweep(self) -> None:
         """Finish or remove what a killed process left behind. Only under the write lock."""
@@ -370,10 +422,19 @@ class Home:
     def ask(self, prompt: str, *, max_new_tokens: int = 32, at: str | None = None) -> str:
         """The greedy answer of the current state, or of the state right after update ``at``
         (``"base"``: before all updates)."""
-        if not prompt.strip():
-            raise BadEdits("The prompt is empty; ask something.")
-        record.check_text(prompt, "the prompt")
+        _check_prompt(prompt)
         return self.model(at).answer(prompt, max_new_tokens)
+
+    def before_and_after(
+        self, prompt: str, update: str, *, max_new_tokens: int = 32
+    ) -> tuple[str, str]:
+        """The greedy answers of the states right before and right after an update."""
+        _check_prompt(prompt)
+        live = self._live(update)
+        if update not in live:
+            raise HomeError(f"{update!r} is not the id of an update.")
+        before = self._model_with(live[:-1]).answer(prompt, max_new_tokens)
+        return before, self._model_with(live).answer(prompt, max_new_tokens)
 
     def evaluate(self, edits: str | Path | Sequence[Edit]) -> tuple[Scores, Scores]:
         """Scores on ``edits`` of the base and of the current state; nothing is changed."""
@@ -595,6 +656,12 @@ def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:
     return method
 
 
+def _check_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise BadEdits("The prompt is empty; ask something.")
+    record.check_text(prompt, "the prompt")
+
+
 def _check_free(path: Path) -> None:
     """Refuse (``HomeError``) to make a home where something else is."""
     if path.exists() and not path.is_dir():
@@ -665,6 +732,21 @@ def _check_met(update: Update, requirements: Sequence[Requirement]) -> None:
         )
         error.update = replace(update, committed=False, unmet=said)
         raise error
+
+
+@dataclass(frozen=True)
+class _Redo:
+    """A method that gives the stored delta of an update, for ``Home.redo``."""
+
+    name: ClassVar[str] = "redo"
+    of: str
+    stored: InitVar[Delta]
+
+    def __post_init__(self, stored: Delta) -> None:
+        object.__setattr__(self, "_stored", stored)  # no field: it is no setting for the ledger
+
+    def delta(self, _model: Model, _edits: Sequence[Edit]) -> Delta:
+        return self._stored  # type: ignore[attr-defined]
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -183,14 +183,20 @@ class Model:
         return fingerprint(self.base)
 
     @torch.no_grad()
-    def become(self, deltas: Sequence[Delta]) -> None:
+    def become(
+        self,
+        deltas: Sequence[Delta],
+        finish: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         """Make the network the state ``round_once(base + sum of deltas)``, tensor by tensor.
 
-        This is what a home commits and what its scores are taken on. Holds a few tensors.
+        This is what a home commits and what its scores are taken on. ``finish`` gets each composed
+        tensor by its file name and gives back what is taken instead of it. Holds a few tensors.
         """
         base, weights = self.base, self.weights
         for name in weights:
-            weights[name].copy_(compose(base, deltas, name))
+            tensor = compose(base, deltas, name)
+            weights[name].copy_(tensor if finish is None else finish(name, tensor))
 
     @contextlib.contextmanager
     def shifted(self, delta: Delta) -> Iterator[Model]:
@@ -232,30 +238,14 @@ class Model:
         (none in scripts that do not write spaces). Raises ``BadEdits`` when the answer tokenises
         to nothing or the whole is longer than the network's context.
         """
-        text = join(prompt, answer)
-        if self.tokenizer.is_fast:
-            encoded = self.tokenizer(text, return_offsets_mapping=True)
-            ids = encoded["input_ids"]
-            ends = [end for _, end in encoded["offset_mapping"]]
-            start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
-        else:
-            ids = self.tokenizer(text)["input_ids"]
-            alone = self.tokenizer(prompt)["input_ids"]
-            pairs = enumerate(zip(ids, alone, strict=False))
-            start = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(alone)))
-        # A tokenizer that closes every text with an end mark (some T5-like ones) is not asked to.
-        while ids and ids[-1] in self._special and len(ids) > start:
-            ids = ids[:-1]
-        if start >= len(ids):
-            raise BadEdits(f"The answer {answer!r} to {prompt[:80]!r} tokenises to nothing.")
-        if start == 0:
-            raise BadEdits(f"The prompt {prompt[:80]!r} tokenises to nothing before its answer.")
+        tokens = encode(self.tokenizer, prompt, answer, self._special)
+        ids = tokens.ids
         if len(ids) > self.context_length:
             raise BadEdits(
                 f"The prompt {prompt[:60]!r}... has {len(ids)} tokens with its answer, but "
                 f"{self.source.name} reads at most {self.context_length}. Shorten it."
             )
-        return Tokens(tuple(ids), start)
+        return tokens
 
     def answer(self, prompt: str, max_new_tokens: int = MAX_NEW_TOKENS) -> str:
         """The greedy answer to one prompt, as plain text (up to ``max_new_tokens`` tokens)."""
@@ -362,7 +352,7 @@ class Model:
         active = torch.arange(len(prompts))
         for _ in range(max_new_tokens):
             inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-            if self._takes_positions:
+            if self.takes_positions:
                 inputs["position_ids"] = positions
             last = torch.full((len(active),), ids.shape[1] - 1)
             with head_sees(self.network, torch.arange(len(active)), last):
@@ -401,7 +391,7 @@ class Model:
         return frozenset(ids)
 
     @cached_property
-    def _takes_positions(self) -> bool:
+    def takes_positions(self) -> bool:
         """Networks with ALiBi (BLOOM, MPT) compute positions from the mask and take no ids."""
         import inspect
 
@@ -425,6 +415,36 @@ def head_sees(network: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterat
         yield
     finally:
         handle.remove()
+
+
+def encode(
+    tokenizer: Any, prompt: str, answer: str, special: Collection[int] | None = None
+) -> Tokens:
+    """Token ids of ``prompt`` and ``answer`` as one text, and where the answer begins.
+
+    ``special`` are the ids that end a text (default: all special ones of the tokenizer). Raises
+    ``BadEdits`` when either side tokenises to nothing.
+    """
+    special = tokenizer.all_special_ids if special is None else special
+    text = join(prompt, answer)
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        ends = [end for _, end in encoded["offset_mapping"]]
+        start = next((i for i, end in enumerate(ends) if end > len(prompt)), len(ids))
+    else:
+        ids = tokenizer(text)["input_ids"]
+        alone = tokenizer(prompt)["input_ids"]
+        pairs = enumerate(zip(ids, alone, strict=False))
+        start = next((i for i, (a, b) in pairs if a != b), min(len(ids), len(alone)))
+    # A tokenizer that closes every text with an end mark (some T5-like ones) is not asked to.
+    while ids and ids[-1] in special and len(ids) > start:
+        ids = ids[:-1]
+    if start >= len(ids):
+        raise BadEdits(f"The answer {answer!r} to {prompt[:80]!r} tokenises to nothing.")
+    if start == 0:
+        raise BadEdits(f"The prompt {prompt[:80]!r} tokenises to nothing before its answer.")
+    return Tokens(tuple(ids), start)
 
 
 def join(prompt: str, answer: str) -> str:

@@ -8,7 +8,7 @@ that are stored as JSONL. Judging is not done here but in ``scores``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from unwrite.edits import Edit
 from unwrite.model import Model, Tokens, length_batches, pad
+from unwrite.neighbour_metrics import NEW_ON_BYSTANDER, OLD_ON_PARAPHRASE
 from unwrite.scores import answer_in
 
 CHUNK = 256  # tokens of neutral text read at once for the perplexity
@@ -57,6 +58,46 @@ def questions(edits: Sequence[Edit]) -> list[Question]:
     return list(dict.fromkeys(found))  # the same bystander twice in one edit counts once
 
 
+def rivals(edits: Sequence[Edit]) -> list[Question]:
+    """What ROME's success rates ask besides (``neighbour_metrics``): for edits with an old answer,
+    how probable that is on the paraphrases, and for all, how probable the new one is on bystanders.
+    """
+    found = [
+        Question(str(edit.id), OLD_ON_PARAPHRASE, prompt, edit.old)
+        for edit in edits
+        if edit.old is not None
+        for prompt in edit.paraphrases
+    ]
+    new = {str(edit.id): edit.new for edit in edits}
+    found += [
+        Question(probe.edit, NEW_ON_BYSTANDER, probe.prompt, new[probe.edit])
+        for probe in questions(edits)
+        if probe.role == "locality"
+    ]
+    return list(dict.fromkeys(found))
+
+
+def has_chat_template(model: Model) -> bool:
+    """Whether the tokenizer says how a conversation is written."""
+    return bool(getattr(model.tokenizer, "chat_template", None))
+
+
+def in_chat(model: Model, probes: Sequence[Question]) -> list[Question]:
+    """The probes as a user's turn under the tokenizer's chat template, the model's turn begun."""
+    tokenizer = model.tokenizer
+    begin = (
+        tokenizer.bos_token if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+    )
+
+    def written(prompt: str) -> str:
+        turns = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        # The template writes what the tokenizer puts before every text by itself: once is enough.
+        return str(text).removeprefix(begin)
+
+    return [replace(probe, prompt=written(probe.prompt)) for probe in probes]
+
+
 def settle(model: Model, probes: Sequence[Question]) -> list[Question]:
     """Probes with every missing target replaced by the model's own answer as it is now.
 
@@ -75,19 +116,20 @@ def settle(model: Model, probes: Sequence[Question]) -> list[Question]:
     ]
 
 
-def observe(model: Model, probes: Sequence[Question]) -> list[dict[str, Any]]:
+def observe(model: Model, probes: Sequence[Question], *, free: bool = True) -> list[dict[str, Any]]:
     """One row a probe: ``{edit, role, prompt, target, target_tokens, matched_tokens, predicted,
     logprob, text}``, in the order of the probes.
 
     ``target_tokens`` and ``matched_tokens`` are counts; ``predicted`` holds the argmax token ids at
     the answer's positions (locality compares them); ``logprob`` is that of the whole answer
-    (natural logarithm); ``text`` is the free generation. Equal prompts are computed once. The
-    result does not depend on the order or batch of the probes.
+    (natural logarithm); ``text`` is the free generation, null with ``free=False``. Equal prompts
+    are computed once. The result does not depend on the order or batch of the probes.
     """
     pairs = list(dict.fromkeys((probe.prompt, _target(probe)) for probe in probes))
     forced = dict(zip(pairs, model.force([model.tokens(*pair) for pair in pairs]), strict=True))
     prompts = list(dict.fromkeys(probe.prompt for probe in probes))
-    texts = dict(zip(prompts, model.generate(prompts), strict=True))
+    said = model.generate(prompts) if free else [None] * len(prompts)
+    texts = dict(zip(prompts, said, strict=True))
     rows = []
     for probe in probes:
         result = forced[probe.prompt, _target(probe)]

@@ -30,7 +30,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", 
 
 @dataclass(frozen=True)
 class Update:
-    """One update as measured. ``committed`` is false only inside ``RequirementNotMet``."""
+    """One update as measured. ``committed`` is false only inside ``RequirementNotMet`` and for
+    ``confirm``."""
 
     id: str
     committed: bool

@@ -4,6 +4,8 @@
       edits.jsonl       the records, after the choice of known ones
       planted/          the delta that plants the old answers, where the protocol asks for it
       before.jsonl      what the starting state says, probe by probe
+      chat.jsonl        the same under the chat template, where asked for
+      rivals.jsonl      what is forced besides for the metrics of other toolkits, where asked for
       start.json        its fingerprint, perplexity and scores; written last
 
 Planting is the protocol of the F-Learning and Delicate Fine-Tuning papers (METHODS 1.3): the base,
@@ -17,7 +19,7 @@ import contextlib
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,11 @@ from unwrite.edits import Edits, read_edits, write_edits
 from unwrite.errors import BadEdits
 from unwrite.files import read_json, read_jsonl, write_json, write_jsonl
 from unwrite.methods.full_ft import FullFT
-from unwrite.observe import Question, settle
-from unwrite.scores import Scores
+from unwrite.observe import Question, has_chat_template, settle
+from unwrite.scores import Row, Scores
 
-NAME = "start.json"
+NAME, RIVALS, CHAT = "start.json", "rivals.jsonl", "chat.jsonl"
+_EXTRA = (RIVALS, CHAT)  # what only some protocols ask for
 
 
 def planting(lr: float) -> FullFT:
@@ -42,13 +45,16 @@ def planting(lr: float) -> FullFT:
 @dataclass(frozen=True)
 class Start:
     """A finished start. ``deltas``: what the base is changed by, nothing or the planted delta;
-    ``before``: the rows of its observation; ``facts``: what ``start.json`` holds."""
+    ``before``: the rows of its observation; ``facts``: what ``start.json`` holds; ``rivals``: rows
+    of what is forced besides; ``chat``: rows under the chat template."""
 
     folder: Path
     edits: Edits
     deltas: tuple[Delta, ...]
     before: list[dict[str, Any]]
     facts: dict[str, Any]
+    rivals: list[dict[str, Any]] = field(default_factory=list)
+    chat: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path) -> Start | None:
@@ -62,6 +68,7 @@ class Start:
             (Delta.open(planted),) if planted.is_dir() else (),
             read_jsonl(folder / "before.jsonl"),
             read_json(folder / NAME),
+            *(read_jsonl(folder / name) if (folder / name).is_file() else [] for name in _EXTRA),
         )
 
     @classmethod
@@ -84,13 +91,20 @@ class Start:
         deltas, planted = ((), None) if recipe is None else _planted(folder, edits, bench, recipe)
         bench.become(deltas)
         fingerprint = bench.fingerprint(deltas)
-        before = bench.observe(settle(bench.model, bench.questions(edits)))
+        probes = settle(bench.model, bench.questions(edits))
+        before = bench.observe(probes)
         scores = bench.score(before, before)
         if fingerprint not in perplexities:
             perplexities[fingerprint] = bench.perplexity()
         if planted is not None:
             planted["old_recall"]["planted"] = scoring.as_json(scores)["old_recall"]
         write_jsonl(folder / "before.jsonl", before)
+        rivals = bench.force(bench.rivals(edits))
+        in_chat = "chat" in bench.protocol.robust and has_chat_template(bench.model)
+        chat = bench.chat(probes) if in_chat else []
+        for name, rows in zip(_EXTRA, (rivals, chat), strict=True):
+            if rows:
+                write_jsonl(folder / name, rows)
         facts = {
             "records": len(edits),
             "asked": edits.asked,
@@ -99,8 +113,10 @@ class Start:
             "perplexity": perplexities[fingerprint],
             "scores": scoring.as_json(scores),
         }
+        if bench.protocol.lm_eval:
+            facts["lm_eval"] = bench.ability(edits)
         write_json(folder / NAME, facts)
-        return cls(folder, edits, deltas, before, facts)
+        return cls(folder, edits, deltas, before, facts, rivals, chat)
 
     @property
     def fingerprint(self) -> str:
@@ -117,11 +133,11 @@ class Start:
         """Of the starting state against itself."""
         return scoring.from_json(self.facts["scores"])
 
-    @property
-    def probes(self) -> list[Question]:
-        """The probes as they were asked, every target settled."""
-        keys = ("edit", "role", "prompt", "target")
-        return [Question(*(row[key] for key in keys)) for row in self.before]
+
+def asked(rows: Sequence[Row]) -> list[Question]:
+    """The probes that were asked, every target settled."""
+    keys = ("edit", "role", "prompt", "target")
+    return [Question(*(row[key] for key in keys)) for row in rows]
 
 
 def check_plantable(edits: Sequence[Any], label: str) -> None:

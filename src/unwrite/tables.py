@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from unwrite import columns
 from unwrite.bootstrap import Sums, difference, front, interval, pooled, sums_by_edit
+from unwrite.columns import percent as _percent
 from unwrite.files import read_json, read_jsonl, readable_size, write_atomically, write_json
 from unwrite.grid import Cell, Plan
 from unwrite.reference import is_plain
@@ -35,6 +37,7 @@ class Tables:
         self.folder = folder
         self._rows: dict[str, dict[str, Any]] = {}
         self._sums: dict[str, dict[str, Sums]] = {}
+        self._checks: dict[str, columns.Checks] = {}
         self._entries: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def write(self, plan: Plan) -> None:
@@ -74,6 +77,7 @@ class Tables:
         self._rows[cell.name] = {**result, "notes": {"sentences": said}}
         before, after = (read_jsonl(place / name) for name in ("before.jsonl", "after.jsonl"))
         self._sums[cell.name] = sums_by_edit(before, after)
+        self._checks[cell.name] = columns.read_checks(place / "robust", result, before, after)
         return True
 
     def _starts(self, cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
@@ -113,7 +117,9 @@ class Tables:
                 {role: pooled([self._sums[cell.name][role] for cell in own]) for role in ROLES}
                 for own in (cells, plain or cells)
             )
-            entry = _mean([self._rows[cell.name] for cell in cells], sums)
+            rows = [self._rows[cell.name] for cell in cells]
+            checks = [self._checks[cell.name] for cell in cells]
+            entry = _mean(rows, sums) | columns.means(rows, checks)
             entry["difference"] = plain and {
                 "to": plain[0].method,
                 **{role: difference(sums[role], others[role]) for role in ROLES},
@@ -228,7 +234,8 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     flat = [_flat(row) for row in rows]
     if flat:
-        writer = csv.DictWriter(text, list(flat[0]), lineterminator="\n")
+        names = dict.fromkeys(name for line in flat for name in line)
+        writer = csv.DictWriter(text, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
     return text.getvalue()
@@ -256,7 +263,7 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
     line["fingerprint"] = row["fingerprint"]
     for kind in UNSTEADY:
         line |= {f"{kind}_{key}": value for key, value in row[kind].items()}
-    return line
+    return line | columns.flat(row)
 
 
 # ---- table.md ------------------------------------------------------------------------------------
@@ -303,6 +310,8 @@ def _markdown(
             lines += _step_tables(
                 [row for row in rows if (row["edits"], row["size"]) == (edits, size)]
             )
+        for title, about, table in columns.tables(entries):
+            lines += [f"### {title}", "", about, "", *_aligned(table, left=1), ""]
         lines += ["### Costs", "", *_cost_table(entries), ""]
         lines += [f"- {entry['method']}: {text}" for entry in entries for text in entry["notes"]]
         if any(entry["notes"] for entry in entries):
@@ -434,7 +443,3 @@ def _with_interval(score: Mapping[str, Any], form: str, sign: str = "") -> str:
         return "-"
     mean, low, high = (100 * score[key] for key in (form, f"{form}_low", f"{form}_high"))
     return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}"

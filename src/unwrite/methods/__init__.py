@@ -76,6 +76,11 @@ def build(name: str, settings: Mapping[str, str]) -> Method:
     return typing.cast("Method", _build(method_class(name), dict(settings), name))
 
 
+def build_fields(cls: type[Any], settings: Mapping[str, str]) -> Any:
+    """A frozen dataclass of settings from words, by the same rules as a method's fields."""
+    return _build(cls, dict(settings), cls.__name__.lower())
+
+
 def describe(name: str) -> dict[str, Any]:
     """Name, aliases, paper, advice and fields (type, default) of a method, ready for JSON."""
     cls = method_class(name)

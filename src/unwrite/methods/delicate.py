@@ -81,7 +81,7 @@ class Delicate:
             core = (core + self.strength * chosen.delta).in_memory()
             with model.shifted(core):
                 right = sum(learned(model, both.new))
-            said.add(both, old, new, chosen, right)
+            said.add(both, new, chosen, right)
             if right == len(edits):
                 break
         core.provenance["notes"] = said.notes(self.rounds)
@@ -95,7 +95,7 @@ class _Story:
     def __init__(self) -> None:
         self.rounds: list[dict[str, Any]] = []
 
-    def add(self, both: Answers, old: Trained, new: Trained, chosen: Selection, right: int) -> None:
+    def add(self, both: Answers, new: Trained, chosen: Selection, right: int) -> None:
         self.rounds.append(
             {
                 "epochs": new.epochs,
@@ -107,7 +107,6 @@ class _Story:
                 "fallbacks": both.fallbacks,
                 "learned": right,
                 "of": len(both.new),
-                "seconds": {"old": old.seconds, "new": new.seconds},
             }
         )
 

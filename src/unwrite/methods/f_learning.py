@@ -66,7 +66,6 @@ class FLearning:
             "strength": strength,
             "old_answers_asked": both.asked,
             "epochs": {"forget": forgetting.epochs, "learn": learning.epochs},
-            "seconds": {"forget": forgetting.seconds, "learn": learning.seconds},
             "learned": learning.learned,
         }
         total.provenance["parts"] = parts(old=old, new=learning.delta)

@@ -1,0 +1,113 @@
+"""The Fisher diagonal and the forgetting confidence against one backward pass per example.
+
+    python -m benchmarks.fisher [--base smollm2-135m] [--examples 256] [--turns 3]
+
+The examples are training rows of the bundled tasks. In one turn: the Fisher diagonal by hooks, the
+same by one backward pass per example (squares added with one fused call a tensor), a plain forward
+and backward pass at batch size 8 with gradients of all weights, and the confidence of the same
+examples in both orders. Ratios are taken within a turn. Before, the two diagonals are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from benchmarks.measure import in_turns, machine, peak_memory, ratio, write
+from unwrite.change import Dense
+from unwrite.delta import Delta
+from unwrite.forgetting.confidence import forgetting_confidence
+from unwrite.forgetting.fisher import fisher_diagonal
+from unwrite.model import Model, length_batches
+from unwrite.tasks import read_tasks
+from unwrite.training import Pair, row_losses
+
+
+def one_by_one(model: Model, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
+    """The Fisher diagonal by one backward pass per example."""
+    parameters = dict(model.network.named_parameters(remove_duplicate=False))
+    network = model.network
+    network.requires_grad_(True)
+    totals = {file: torch.zeros_like(parameters[name]) for file, name in model.names.items()}
+    for pair in pairs:
+        network.zero_grad()
+        row_losses(network, [model.tokens(pair.prompt, pair.answer)], model.device).sum().backward()
+        with torch.no_grad():
+            for file, name in model.names.items():
+                gradient = parameters[name].grad
+                if gradient is not None:
+                    totals[file].addcmul_(gradient, gradient)
+    network.zero_grad()
+    return {file: total.div_(len(pairs)) for file, total in totals.items()}
+
+
+def forward_backward(model: Model, pairs: Sequence[Pair]) -> None:
+    """Plain passes at batch size 8 in batches of similar length, gradients thrown away."""
+    sequences = [model.tokens(pair.prompt, pair.answer) for pair in pairs]
+    model.network.requires_grad_(True)
+    for batch in length_batches([len(one.ids) for one in sequences], rows=8):
+        row_losses(
+            model.network, [sequences[index] for index in batch], model.device
+        ).mean().backward()
+        model.network.zero_grad()
+
+
+def main() -> None:
+    """Compare, then time in turns and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--turns", type=int, default=3)
+    options = parser.parse_args()
+    model = Model.load(options.base)
+    rows = [example for task in read_tasks("bank") for example in task.train[:8]]
+    pairs = [Pair(row.prompt, row.answer) for row in rows][: options.examples]
+    sequences = [model.tokens(pair.prompt, pair.answer) for pair in pairs]
+
+    fisher = fisher_diagonal(model, pairs)
+    memory = peak_memory()
+    reference = one_by_one(model, pairs)
+    error = max(
+        float((fisher[name].dense() - one).abs().max() / one.abs().max().clamp(min=1e-30))
+        for name, one in reference.items()
+        if name in fisher
+    )
+    # Any direction serves for timing; this one is small and different for every weight.
+    towards = Delta.from_changes({name: Dense(one.sqrt()) for name, one in reference.items()})
+    del reference
+    seconds = in_turns(
+        {
+            "hooks": lambda: fisher_diagonal(model, pairs),
+            "one backward per example": lambda: one_by_one(model, pairs),
+            "forward and backward, batch 8": lambda: forward_backward(model, pairs),
+            "confidence, both terms": lambda: forgetting_confidence(model, pairs, towards, fisher),
+            "confidence, first order": lambda: forgetting_confidence(
+                model, pairs, towards, fisher, order=1, step=1.0
+            ),
+        },
+        options.turns,
+    )
+    plain = seconds["forward and backward, batch 8"]
+    write(
+        "fisher",
+        {
+            "machine": machine(),
+            "examples": len(pairs),
+            "mean_tokens": statistics.mean(len(one.ids) for one in sequences),
+            "largest_relative_difference": error,
+            "peak_gb_after_hooks": memory,
+            "seconds": {name: statistics.median(times) for name, times in seconds.items()},
+            "times_faster_than_one_by_one": ratio(
+                seconds["one backward per example"], seconds["hooks"]
+            ),
+            "confidence_over_forward_backward": ratio(seconds["confidence, both terms"], plain),
+            "first_order_over_forward_backward": ratio(seconds["confidence, first order"], plain),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Making a forgetting matrix: learn one task, see what every example lost, begin again.
+
+Every task is learned from the same base by a tuner of the library; its delta is added for the
+length of one measurement. The matrix is written after every task, so that an interrupted collection
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from unwrite.delta import Delta
+from unwrite.errors import BadSetting
+from unwrite.files import (
+    only_writer,
+    read_json,
+    sha256_bytes,
+    speaking_of_disk,
+    user_path,
+    write_json,
+)
+from unwrite.forgetting.examples import UpstreamExample, from_details
+from unwrite.forgetting.matrix import Array, ForgettingMatrix, is_matrix
+from unwrite.forgetting.measurement import measure, measure_right, settle
+from unwrite.model import Model
+from unwrite.training import Pair
+
+BASE = "base.json"
+Quantity = Literal["log-perplexity", "exact-match"]
+
+
+class Tuner(Protocol):
+    """What learns a task: ``LoRA``, ``FullFT``, or anything with this function."""
+
+    def delta(self, model: Model, pairs: Sequence[Pair], /) -> Delta:
+        """The change that teaches the pairs; the model stays as it is."""
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What ``collect`` did: the matrix, the tasks learned now, and seconds by kind of work."""
+
+    matrix: ForgettingMatrix
+    learned: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+
+def collect(
+    model: Model,
+    tasks: Mapping[str, Sequence[Pair]],
+    examples: Sequence[UpstreamExample],
+    tuner: Tuner,
+    folder: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    quantity: Quantity = "log-perplexity",
+) -> Collection:
+    """Add a row for every task that the matrix in ``folder`` does not have yet.
+
+    The first call settles the examples, measures them on the base, once, and keeps those numbers
+    in ``base.json``. Examples of which the base gives no number are left out; with
+    ``quantity="exact-match"`` so are those that it answers wrongly, and an entry is 1 where the
+    answer is wrong after the task, else 0. ``settings`` (JSON) says in the provenance what the
+    tuner is. The model is bitwise unchanged.
+
+    Raises ``BadSetting`` when the folder's matrix is of another model, other examples, another
+    tuner or quantity; and what the tuner raises. Memory: the model, and what the tuner holds.
+    """
+    if quantity not in ("log-perplexity", "exact-match"):
+        raise BadSetting(f"quantity must be log-perplexity or exact-match, not {quantity!r}.")
+    path = user_path(folder)
+    seconds = {"base": 0.0, "learn": 0.0, "measure": 0.0}
+    for name, pairs in tasks.items():
+        if not pairs:
+            raise BadSetting(f"The task {name!r} has nothing to learn from.")
+    started = time.perf_counter()
+    matrix, base = _begun(path, model, examples, dict(settings or {}), quantity)
+    seconds["base"] = time.perf_counter() - started
+    kept = from_details(matrix.examples, matrix.example_details)
+    _check_unchanged(matrix, tasks)
+    waiting = [name for name in tasks if name not in matrix.tasks]
+    with only_writer(path), model.progress.stage("collecting tasks", len(waiting)) as advance:
+        for name in waiting:
+            started = time.perf_counter()
+            delta = tuner.delta(model, tasks[name])
+            learned = time.perf_counter()
+            with model.shifted(delta):
+                row = _change(model, kept, base, quantity)
+            seconds["learn"] += learned - started
+            seconds["measure"] += time.perf_counter() - learned
+            details = {"pairs": len(tasks[name]), "digest": _digest(tasks[name])}
+            matrix = matrix.append(name, row, details)
+            matrix.save(path)
+            advance(1, name)
+    return Collection(matrix, tuple(waiting), seconds)
+
+
+def append_update(home: Any, update: str, folder: str | Path) -> ForgettingMatrix:
+    """Add what an update of a home did to the examples of the matrix in ``folder``.
+
+    Measured between the state right before the update and the state right after it, so that earlier
+    updates do not count. The home (``unwrite.Home``) is not changed. Raises ``BadSetting`` when the
+    matrix is of another base or has the update already, ``HomeError`` for an unknown update.
+    """
+    path = user_path(folder)
+    matrix = ForgettingMatrix.load(path)
+    of = matrix.provenance.get("base")
+    if of != home.base.fingerprint:
+        raise BadSetting(
+            f"The matrix in {path} is of another model ({matrix.provenance.get('base_name')}) than "
+            f"{home.folder}. Collect one for {home.base.name}."
+        )
+    if update in matrix.tasks:
+        raise BadSetting(f"The matrix in {path} has the update {update} already.")
+    entry = home.ledger.entry(update)
+    quantity: Quantity = matrix.provenance.get("quantity", "log-perplexity")
+    examples = from_details(matrix.examples, matrix.example_details)
+    before = _measured(home.model_before(update), examples, quantity)
+    after = _measured(home.model(update), examples, quantity)
+    row = _difference(before, after, quantity)
+    details = {
+        "update": update,
+        "edits": entry["edits"],
+        "method": entry["method"]["name"],
+    }
+    grown = matrix.append(update, row, details)
+    grown.save(path)
+    return grown
+
+
+def change(model: Model, matrix: ForgettingMatrix, base: Array, at: Sequence[int]) -> Array:
+    """A row of the matrix for ``model`` as it is now, measured at the positions ``at`` only:
+    (examples,), NaN elsewhere. ``base``: the numbers of the state before, (examples,)."""
+    quantity: Quantity = matrix.provenance.get("quantity", "log-perplexity")
+    chosen = [matrix.examples[position] for position in at]
+    row = np.full(len(matrix.examples), np.nan)
+    kept = from_details(chosen, matrix.example_details)
+    row[list(at)] = _change(model, kept, np.asarray(base)[list(at)], quantity)
+    return row
+
+
+def base_numbers(folder: str | Path, matrix: ForgettingMatrix) -> Array:
+    """What ``collect`` measured on the base, (examples,). Raises ``DamagedFile`` without it."""
+    kept = read_json(user_path(folder) / BASE)["values"]
+    return np.array([kept[name] for name in matrix.examples], dtype=np.float64)
+
+
+def _begun(
+    path: Path,
+    model: Model,
+    examples: Sequence[UpstreamExample],
+    settings: dict[str, Any],
+    quantity: Quantity,
+) -> tuple[ForgettingMatrix, Array]:
+    """The matrix in ``path`` and the base's numbers; made if there is none."""
+    identity = {
+        "base": model.fingerprint,
+        "base_name": model.source.name,
+        "quantity": quantity,
+        "tuner": settings,
+        "examples": _digest(examples),
+    }
+    if is_matrix(path):
+        matrix = ForgettingMatrix.load(path)
+        for key, value in identity.items():
+            if matrix.provenance.get(key) != value and key != "base_name":
+                raise BadSetting(
+                    f"The matrix in {path} was begun with another {key}. Use a new folder, or the "
+                    "settings it was begun with."
+                )
+        return matrix, base_numbers(path, matrix)
+    settled = settle(model, examples)
+    values = _measured(model, settled, quantity)
+    useful = np.isfinite(values) if quantity == "log-perplexity" else values == 1
+    kept = [one for one, good in zip(settled, useful, strict=True) if good]
+    if not kept:
+        raise BadSetting(
+            "No example is left: the base answers none of them"
+            + (" rightly. " if quantity == "exact-match" else " with a number. ")
+            + "Use other examples."
+        )
+    names = [one.name for one in kept]
+    matrix = ForgettingMatrix.empty(
+        names,
+        identity | {"left_out": len(settled) - len(kept)},
+        {one.name: one.details() for one in kept},
+    )
+    with speaking_of_disk(f"write {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+        numbers = dict(zip(names, values[useful].tolist(), strict=True))
+        write_json(path / BASE, {"quantity": quantity, "values": numbers})
+    matrix.save(path)
+    return matrix, values[useful]
+
+
+def _check_unchanged(matrix: ForgettingMatrix, tasks: Mapping[str, Sequence[Pair]]) -> None:
+    for name, pairs in tasks.items():
+        kept = matrix.task_details.get(name, {}).get("digest")
+        if name in matrix.tasks and kept != _digest(pairs):
+            raise BadSetting(
+                f"The matrix has a task {name!r} already, learned from other pairs. Give this one "
+                "another name, or use a new folder."
+            )
+
+
+def _measured(model: Model, examples: Sequence[UpstreamExample], quantity: Quantity) -> Array:
+    if quantity == "exact-match":
+        return measure_right(model, examples).astype(np.float64)
+    return measure(model, examples)
+
+
+def _change(
+    model: Model, examples: Sequence[UpstreamExample], before: Array, quantity: Quantity
+) -> Array:
+    return _difference(before, _measured(model, examples, quantity), quantity)
+
+
+def _difference(before: Array, after: Array, quantity: Quantity) -> Array:
+    if quantity == "exact-match":
+        return np.where(before == 1, 1 - after, np.nan)  # of what was right before
+    # Single precision is what a forward pass gives; the rest would be noise on disk.
+    return (after - before).astype(np.float32).astype(np.float64)
+
+
+def _digest(rows: Sequence[Pair] | Sequence[UpstreamExample]) -> str:
+    content = [[getattr(row, "name", ""), row.prompt, row.answer] for row in rows]
+    return sha256_bytes(json.dumps(content, ensure_ascii=False).encode("utf-8"))[:16]

@@ -1,0 +1,47 @@
+"""What surrounds every verb of the command line: where it talks, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import typer
+
+from unwrite.console import Terminal
+from unwrite.errors import BadSetting, UnwriteError
+from unwrite.files import speaking_of_disk
+
+COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
+RESUMABLE = "What is finished is kept; the same command goes on from there."
+
+
+@contextlib.contextmanager
+def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
+    """Errors for people end with their sentence and exit code, without a traceback."""
+    out = Terminal(as_json)
+    try:
+        with speaking_of_disk("finish this"):
+            yield out
+    except UnwriteError as error:
+        out.fail(str(error))
+        out.result({"error": str(error)})
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        out.fail(f"Interrupted. {interrupted}")
+        raise typer.Exit(130) from None
+    except MemoryError:
+        out.fail("The memory of this machine ran out; nothing was changed.")
+        raise typer.Exit(2) from None
+
+
+def pairs(settings: list[str], option: str = "--set") -> dict[str, str]:
+    """KEY=VALUE words as a dictionary. Raises ``BadSetting`` for any other word."""
+    found = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise BadSetting(f"{option} takes KEY=VALUE, not {setting!r}.")
+        if key in found:
+            raise BadSetting(f"{option} {key} is given twice.")
+        found[key] = value
+    return found
