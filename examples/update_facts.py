@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import unwrite
-from unwrite.report import write_report
+from unwrite.home_report import write_report
 
 
 def main(words: list[str] | None = None) -> None:

@@ -31,7 +31,7 @@ IMPORTED = (
     "unwrite.cli",
     "unwrite.home",
     "unwrite.plan",
-    "unwrite.report",
+    "unwrite.home_report",
     "unwrite.methods.full_ft",
 )
 

@@ -113,10 +113,17 @@ LAYERS = [
         "comparison",
         "finetuning",
     },
-    {"api", "console", "report", "verb", "cli_forgetting"},
-    {"api", "console", "report"},
+    {
+        "api",
+        "console",
+        "home_report",
+        "reporting",
+        "verb",
+        "forgetting",
+        "cli_finetune",
+        "cli_forgetting",
+    },
     {"session", "serve"},
-    {"api", "console", "report", "forgetting", "verb", "cli_finetune"},
     {"cli", "demo", "__main__", "__init__"},
 ]
 SIDEWAYS = {
@@ -261,6 +268,7 @@ SIDEWAYS = {
     ("comparison", "run_report"),
     ("comparison", "start"),
     ("comparison", "tables"),
+    ("reporting", "home_report"),
     ("verb", "console"),
     ("cli_forgetting", "api"),
     ("cli_forgetting", "console"),

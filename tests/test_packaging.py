@@ -55,7 +55,7 @@ def test_the_wheel_holds_every_file_of_the_package(built):
         (record,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
         points = archive.read(f"{record}/entry_points.txt").decode()
         metadata = archive.read(f"{record}/METADATA").decode()
-    assert {"unwrite/py.typed", "unwrite/report.html.jinja"} <= wanted
+    assert {"unwrite/py.typed", "unwrite/templates/home.html.jinja"} <= wanted
     assert {name for name in names if not name.startswith(record)} == wanted
     assert points.split() == ["[console_scripts]", "unwrite", "=", "unwrite.cli:main"]
     assert f"Version: {PROJECT['version']}" in metadata

@@ -32,14 +32,14 @@ from pages import (
 )
 
 from unwrite import heatmap, knowledge, plots, where
-from unwrite import report as reporting
+from unwrite import home_report as reporting
 from unwrite.errors import BadSetting, DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json, write_jsonl
 from unwrite.heatmap import heat_map, whereabouts
+from unwrite.home_report import render, write_report
 from unwrite.knowledge import Answer, answers
 from unwrite.ledger import Ledger
 from unwrite.page import plain
-from unwrite.report import render, write_report
 from unwrite.scores import ROLES, as_json, score
 from unwrite.where import located, percent
 
@@ -510,7 +510,7 @@ def test_the_same_home_gives_the_same_bytes(tmp_path):
 
 
 def test_reading_needs_no_torch():
-    code = "import sys, unwrite.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, unwrite.home_report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

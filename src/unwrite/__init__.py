@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from unwrite.methods.rome import ROME
     from unwrite.model import Model
     from unwrite.record import Update
+    from unwrite.reporting import report
     from unwrite.weights import Weights
 
 _WHERE = {
@@ -51,6 +52,7 @@ _WHERE = {
     "open": "api",
     "read_edits": "edits",
     "read_pairs": "edits",
+    "report": "reporting",
     "sweep": "api",
     "write_edits": "edits",
 }
@@ -79,6 +81,7 @@ __all__ = [
     "open",
     "read_edits",
     "read_pairs",
+    "report",
     "sweep",
     "write_edits",
 ]

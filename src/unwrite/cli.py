@@ -552,11 +552,9 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about a home or a comparison (default: in its folder)."""
     with _verb(as_json) as out:
-        from unwrite import report as of_home
-        from unwrite import run_report as of_run
-        from unwrite.grid import is_run
+        from unwrite import reporting
 
-        path = (of_run if is_run(folder) else of_home).write_report(folder, out_file)
+        path = reporting.report(folder, out_file)
         out.data(str(path))
         out.result({"report": str(path)})
 

@@ -13,8 +13,8 @@ from unwrite.console import SCORE_COLUMNS, Terminal, score_rows
 from unwrite.edits import Edit, read_edits
 from unwrite.errors import UnwriteError
 from unwrite.home import Home, is_home
+from unwrite.home_report import write_report
 from unwrite.methods.full_ft import FullFT
-from unwrite.report import write_report
 
 FACTS = 12
 ASKED_PER_RELATION = 4  # enough to find twelve known ones, without asking all of the atlas

@@ -43,8 +43,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from unwrite import methods
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, HomeBusy, UnwriteError
+from unwrite.home_report import render
 from unwrite.page import plain
-from unwrite.report import render
 from unwrite.session import Order, Session
 
 PORT = 8642
