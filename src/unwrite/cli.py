@@ -6,6 +6,7 @@ nothing was committed; 130 interrupted, nothing half-done.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import typer
 
 from unwrite.cli_finetune import finetune
 from unwrite.cli_forgetting import app as forgetting_app
-from unwrite.console import SCORE_COLUMNS, Terminal, harmless, score_rows
+from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, harmless, score_rows
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
 from unwrite.files import readable_size
 from unwrite.verb import RESUMABLE as _RESUMABLE
@@ -36,6 +37,21 @@ app = typer.Typer(
 )
 
 app.add_typer(forgetting_app, name="forgetting")
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    plain: Annotated[
+        bool,
+        typer.Option("--plain", help="No lines, bars and colours; UNWRITE_PLAIN=1 does the same."),
+    ] = False,
+) -> None:
+    """What stands before the verb."""
+    if plain and not os.environ.get(PLAIN):
+        os.environ[PLAIN] = "1"
+        context.call_on_close(lambda: os.environ.pop(PLAIN, None))
+
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[

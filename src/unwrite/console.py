@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import HEAVY_HEAD
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -32,6 +32,7 @@ from rich.text import Text
 from unwrite.progress import Advance
 from unwrite.scores import ROLES, Scores
 
+PLAIN = "UNWRITE_PLAIN"  # set: no lines, bars and colours, as in a pipe
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -50,7 +51,14 @@ class Terminal:
 
     def __init__(self, as_json: bool = False) -> None:
         self.as_json = as_json
-        self.console = Console(stderr=True, highlight=False, width=_width())
+        plain = _is_plain()
+        self.console = Console(
+            stderr=True,
+            highlight=False,
+            width=_width(),
+            force_terminal=False if plain else None,
+            no_color=plain or None,  # None: as NO_COLOR says
+        )
         self._bars: Progress | None = None
 
     # ---- for people --------------------------------------------------------------------------
@@ -72,7 +80,30 @@ class Terminal:
     def table(
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0
     ) -> None:
-        """A table; the last ``numbers`` columns are aligned to the right."""
+        """A table; the last ``numbers`` columns are aligned to the right.
+
+        Where it is too wide, it is drawn without lines, and if even that does not fit, every row
+        becomes a few lines of its own: no figure is ever cut.
+        """
+        lines = [[_cell(cell) for cell in row] for row in rows]
+        framed = [True, False] if self.console.is_terminal else [False]
+        for frame in framed:
+            table = self._table(title, columns, lines, numbers, frame)
+            if table.__rich_measure__(self.console, _unbounded(self.console)).minimum <= (
+                self.console.width
+            ):
+                self.console.print(table)
+                return
+        self._stack(title, columns, lines)
+
+    def _table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[Text]],
+        numbers: int,
+        frame: bool,
+    ) -> Table:
         # As Text, so that square brackets in names are not taken for markup.
         heading = Text(harmless(title), style="bold") if title else None
         table = Table(
@@ -80,9 +111,9 @@ class Terminal:
             title_justify="left",
             title_style="",
             header_style="bold",
-            box=HEAVY_HEAD if self.console.is_terminal else None,
-            padding=(0, 1) if self.console.is_terminal else (0, 1, 0, 0),
-            pad_edge=self.console.is_terminal,
+            box=HEAVY_HEAD if frame else None,
+            padding=(0, 1) if frame else (0, 1, 0, 0),
+            pad_edge=frame,
         )
         for index, name in enumerate(columns):
             right = index >= len(columns) - numbers
@@ -94,10 +125,18 @@ class Terminal:
                 no_wrap=right,
             )
         for row in rows:
-            table.add_row(
-                *(cell if isinstance(cell, Text) else Text(harmless(str(cell))) for cell in row)
-            )
-        self.console.print(table)
+            table.add_row(*row)
+        return table
+
+    def _stack(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Text]]) -> None:
+        """The rows one below the other: the first cell, then every other with its column."""
+        if title:
+            self.console.print(Text(harmless(title), style="bold"))
+        for first, *others in rows:
+            self.console.print(Text.assemble((first.plain or "-", "bold")))
+            for name, cell in zip(columns[1:], others, strict=True):
+                if cell.plain:
+                    self.console.print(Text.assemble(f"  {name}: ", cell))
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
@@ -161,6 +200,20 @@ class Terminal:
         if not self.as_json:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+
+
+def _cell(value: Any) -> Text:
+    return value if isinstance(value, Text) else Text(harmless(str(value)))
+
+
+def _unbounded(console: Console) -> ConsoleOptions:
+    """Options under which a table says how narrow it can be, whatever the width there is."""
+    return console.options.update(width=10_000)
+
+
+def _is_plain() -> bool:
+    """Whether people asked for no lines, bars and colours: by ``--plain`` or as others do."""
+    return bool(os.environ.get(PLAIN)) or os.environ.get("TERM") == "dumb"
 
 
 def _width() -> int | None:
