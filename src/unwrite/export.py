@@ -52,9 +52,9 @@ def export_state(
 ) -> Path:
     """Write ``base + deltas`` to the new folder ``target`` as one of ``KINDS``.
 
-    ``source``: where the base is; ``entries``: the ledger, told in the model card; ``live``: ids of
-    the deltas. Raises ``HomeError`` when the target
-    is not empty, or for an adapter when a change is not one that an adapter can hold.
+    ``source``: where the base is; ``entries``: the ledger, told in the model card (none: no card);
+    ``live``: ids of the deltas. Raises ``HomeError`` when the target is not empty, or for an
+    adapter when a change is not one that an adapter can hold.
     """
     if kind not in KINDS:
         raise HomeError(f"A state is exported as {', '.join(KINDS)}; {kind!r} is none of them.")
@@ -69,7 +69,7 @@ def export_state(
         write = partial(_write_delta, base=base, live=live, deltas=deltas)
     else:
         write = partial(_write_model, base=base, source=source, deltas=deltas, progress=progress)
-    if kind != "delta":
+    if kind != "delta" and entries:
         now = entries[-1].get("fingerprint", base.fingerprint)
         write = _with_card(write, card.card(kind, base, source, entries, live, now), source)
     with speaking_of_disk(f"export to {target}"):
