@@ -13,8 +13,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from unwrite.testing import World, toy_world
+
+# A busy machine is no failure: no example has a time limit.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "bloom", "opt", "qwen3", "gemma", "mistral")
 
