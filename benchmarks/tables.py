@@ -31,7 +31,7 @@ def pages() -> dict[Path, str]:
     tables = {
         README: {"speed": [*head, *rows()]},
         PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows()]},
-        RESULTS: {"development": development()},
+        RESULTS: {"development": development(), "locate": locate()},
     }
     return {path: _filled(path.read_text("utf-8"), blocks) for path, blocks in tables.items()}
 
@@ -106,6 +106,18 @@ def study() -> list[str]:
                 )
             )
     return found[1:]
+
+
+def locate() -> list[str]:
+    """ROME, MEMIT and their kin on known facts: both forms and the number of probes."""
+    found = [row("method", "reliability", "n", "locality", "n"), row(*["---"] * 5)]
+    for name, one in committed("rome_memit")["effect"].items():
+        cells = []
+        for role in ("reliability", "locality"):
+            score = one[role]
+            cells += [f"{100 * score['token']:.1f} / {100 * score['exact']:.1f}", str(score["n"])]
+        found.append(row(name, *cells))
+    return found
 
 
 def rows() -> list[str]:
