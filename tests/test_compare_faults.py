@@ -43,10 +43,10 @@ def undisturbed(processes, words, tmp_path_factory):
 
 
 def test_a_run_killed_anywhere_goes_on_to_the_same_tables(processes, words, undisturbed, tmp_path):
-    # The steps on disk are too many to be killed at all of them: every 151st, and the first few.
+    # The steps on disk are too many to be killed at all of them: every 79th, and the first few.
     number, kills, code = 0, 0, -signal.SIGKILL
     while code == -signal.SIGKILL:
-        number += 1 if number < 4 else 151
+        number += 1 if number < 4 else 79
         run = tmp_path / str(number)
         code = processes.run(*words, run, die_at=number).code
         kills += 1
