@@ -59,7 +59,7 @@ def heat_map(rows: Sequence[where.Row], name: str = "change") -> HeatMap | None:
     lines = []
     for block in dict.fromkeys(row["block"] for row in rows):
         cells = [
-            (shares[block, kind], math.ceil(SHADES * shares[block, kind] / largest))
+            (shares[block, kind], math.ceil(SHADES * (shares[block, kind] / largest)))
             if (block, kind) in shares
             else None
             for kind in kinds
