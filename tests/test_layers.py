@@ -224,6 +224,7 @@ SIDEWAYS = {
     ("methods.f_learning", "methods.probes"),
     ("methods.delicate", "methods.full_ft"),
     ("methods.delicate", "methods.probes"),
+    ("home", "measuring"),
     ("home", "base"),
     ("home", "export"),
     ("home", "record"),

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from unwrite.base import Base
+from unwrite.formats import hidden
 from unwrite.ledger import Entry
 from unwrite.pretrained import BUILT_IN, Source
 from unwrite.scores import ROLES
@@ -86,7 +86,7 @@ def plain(text: str) -> str:
     shown = "".join(
         " " if character.isspace() else character
         for character in text
-        if character.isspace() or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")
+        if character.isspace() or not hidden(character)
     )
     shown = " ".join(shown.split())
     if len(shown) > LONGEST:

@@ -23,6 +23,7 @@ from unwrite.files import readable_size
 from unwrite.verb import RESUMABLE as _RESUMABLE
 from unwrite.verb import pairs as _pairs
 from unwrite.verb import verb as _verb
+from unwrite.verb import words as _words
 
 if TYPE_CHECKING:
     from unwrite.edits import Edits
@@ -457,11 +458,10 @@ def compare(
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
 
-        chosen = [name.strip() for name in names.split(",") if name.strip()]
         found = api.compare(
             base,
             edits,
-            [*chosen, *(variants or [])],
+            [*_words(names), *(variants or [])],
             out_folder,
             **_options(seeds, limit, references, mode),
             offset=offset,
@@ -471,8 +471,8 @@ def compare(
             exact=not token_only,
             chunk=chunk,
             neighbour_metrics=neighbour_metrics,
-            robust=_split(robust),
-            lm_eval=_split(lm_eval),
+            robust=_words(robust),
+            lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -519,7 +519,7 @@ def sweep(
             base,
             edits,
             method,
-            {key: _split(values) for key, values in _pairs(over, "--over").items()},
+            {key: _words(values) for key, values in _pairs(over, "--over").items()},
             out_folder,
             settings=_pairs(settings or []),
             **_options(seeds, limit, references, mode),
@@ -530,8 +530,8 @@ def sweep(
             exact=not token_only,
             chunk=chunk,
             neighbour_metrics=neighbour_metrics,
-            robust=_split(robust),
-            lm_eval=_split(lm_eval),
+            robust=_words(robust),
+            lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
             progress=out,
@@ -721,10 +721,6 @@ def _known(facts: Edits, home: Home, out: Terminal) -> Edits:
     return known
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _options(seeds: str, limit: str | None, references: str, mode: str) -> dict[str, Any]:
     """Options of a comparison that are lists on the command line."""
     from unwrite.reference import NAMES
@@ -733,14 +729,14 @@ def _options(seeds: str, limit: str | None, references: str, mode: str) -> dict[
     return {
         "seeds": _numbers(seeds, "--seeds"),
         "sizes": [None] if limit is None else _numbers(limit, "--limit"),
-        "references": known.get(references.strip(), _split(references)),
+        "references": known.get(references.strip(), _words(references)),
         "mode": mode,
     }
 
 
 def _numbers(text: str, option: str) -> list[int]:
     try:
-        return [int(part) for part in _split(text)]
+        return [int(part) for part in _words(text)]
     except ValueError:
         raise BadSetting(f"{option} takes whole numbers with commas, not {text!r}.") from None
 

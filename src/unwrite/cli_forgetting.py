@@ -7,7 +7,6 @@ look ahead from a few observations of a new task.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,8 @@ import typer
 
 from unwrite.console import Terminal
 from unwrite.errors import BadEdits, BadSetting
-from unwrite.verb import RESUMABLE, pairs, verb
+from unwrite.files import write_jsonl
+from unwrite.verb import RESUMABLE, pairs, verb, words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +175,7 @@ def fit(
         from unwrite.forgetting.protocol import Trial
 
         matrix = _load(folder)
-        names = [name.strip() for name in models.split(",") if name.strip()] if models else None
+        names = words(models) if models else None
         trial = Trial(revealed=revealed, seeds=tuple(range(seeds)))
         verdict = fitting.compare(matrix, names, trial)
         fitting.remember(folder, verdict)
@@ -255,7 +255,7 @@ def forecast(
         )
         if out_file is not None:
             everything = range(len(matrix.examples))
-            _write(out_file, [_endangered(matrix, prediction, at) for at in everything])
+            write_jsonl(out_file, [_endangered(matrix, prediction, at) for at in everything])
             out.data(str(out_file))
         out.result(
             {
@@ -322,7 +322,7 @@ def replay(
             }
             for at in picks
         ]
-        _write(out_file, rows)
+        write_jsonl(out_file, rows)
         out.say(f"{len(rows)} examples to replay are in {out_file}.")
         out.data(str(out_file))
         out.result({"file": str(out_file), "policy": policy, "examples": [r["id"] for r in rows]})
@@ -461,12 +461,6 @@ def _names(file: Path, matrix: ForgettingMatrix) -> list[int]:
     if unknown:
         raise BadSetting(f"{file_name(file)} names {unknown[0]!r}, which is not in the matrix.")
     return [at[name] for name in names]
-
-
-def _write(file: Path, rows: list[dict[str, Any]]) -> None:
-    from unwrite.files import write_atomically
-
-    write_atomically(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _endangered(matrix: ForgettingMatrix, prediction: Prediction, at: int) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +28,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from unwrite.formats import hidden
 from unwrite.progress import Advance
 from unwrite.scores import ROLES, Scores
 
@@ -41,7 +41,7 @@ def harmless(text: str, limit: int = 200) -> str:
     shown = "".join(
         " " if character in "\n\t" else character
         for character in text
-        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co")
+        if character in "\n\t" or not hidden(character)
     )
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 

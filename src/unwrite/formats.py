@@ -58,6 +58,12 @@ def kind(value: object) -> str:
     return names.get(type(value), f"of type {printable(type(value).__name__)}")
 
 
+def hidden(character: str) -> bool:
+    """Whether a character acts or hides instead of being shown: control and direction-changing
+    ones, lone surrogates, private use."""
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
+
+
 def blank(text: str) -> bool:
     """Whether nothing of ``text`` can be seen (spaces, control and zero-width characters)."""
     return all(c.isspace() or unicodedata.category(c) in ("Zs", "Cc", "Cf") for c in text)

@@ -22,7 +22,6 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, is_dataclass, replace
 from functools import cached_property
@@ -56,6 +55,7 @@ from unwrite.files import (
     user_path,
 )
 from unwrite.ledger import Entry, Ledger
+from unwrite.measuring import Clock
 from unwrite.model import Model
 from unwrite.observe import Question, observe, perplexity, questions, settle
 from unwrite.pretrained import Source, resolve
@@ -264,7 +264,7 @@ class Home:
         live = ledger.live()
         model = self.model()
         _check_readable(model, edits, asked)
-        clock = _Clock()
+        clock = Clock()
         with clock.of("observe"):
             probes = settle(model, asked)
             before = observe(model, probes)
@@ -747,19 +747,6 @@ class _Redo:
 
     def delta(self, _model: Model, _edits: Sequence[Edit]) -> Delta:
         return self._stored  # type: ignore[attr-defined]
-
-
-class _Clock:
-    """Seconds by kind of work."""
-
-    def __init__(self) -> None:
-        self.seconds = {"train": 0.0, "arithmetic": 0.0, "observe": 0.0}
-
-    @contextlib.contextmanager
-    def of(self, kind: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[kind] += time.perf_counter() - started
 
 
 @contextlib.contextmanager

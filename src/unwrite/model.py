@@ -23,7 +23,7 @@ import torch
 from unwrite.anatomy import Anatomy
 from unwrite.delta import Delta, compose
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, ModelUnavailable, TensorMismatch
+from unwrite.errors import BadEdits, BadSetting, ModelUnavailable, TensorMismatch
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.scores import is_complete, says
@@ -167,10 +167,27 @@ class Model:
     @property
     def weights(self) -> Weights:
         """The live fp32 weights under their file names (views: they change with the network)."""
-        parameters = dict(self.network.named_parameters(remove_duplicate=False))
         return Weights.from_tensors(
-            {file: parameters[name].detach() for file, name in self.names.items()}
+            {file: parameter.detach() for file, parameter in self.parameters.items()}
         )
+
+    @property
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The network's parameters under their file names; tied ones have one name."""
+        by_name = dict(self.network.named_parameters(remove_duplicate=False))
+        return {file: by_name[name] for file, name in self.names.items()}
+
+    def trainable(self, wanted: Callable[[str], bool] | None) -> dict[str, torch.nn.Parameter]:
+        """Those of ``parameters`` that can have a gradient and that ``wanted`` chooses by file name
+        (None: all). Raises ``BadSetting`` if there is none."""
+        chosen = {
+            file: parameter
+            for file, parameter in self.parameters.items()
+            if (wanted is None or wanted(file)) and parameter.is_floating_point()
+        }
+        if not chosen:
+            raise BadSetting("No tensor of this model is chosen for training.")
+        return chosen
 
     @property
     def base(self) -> Weights:

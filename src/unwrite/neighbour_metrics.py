@@ -10,6 +10,7 @@ et al. 2022); ``easyeditor/evaluate/evaluate_utils.py`` of EasyEdit (METHODS 6.5
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -102,10 +103,8 @@ def easyedit(before: Sequence[Row], after: Sequence[Row]) -> Values:
 def harmonic_mean(values: Iterable[float | None]) -> float | None:
     """Of numbers from 0 on: 0 if any is 0, null if any is null."""
     known = list(values)
-    if any(value is None for value in known):
-        return None
     numbers = [value for value in known if value is not None]
-    return 0.0 if 0.0 in numbers else len(numbers) / sum(1 / value for value in numbers)
+    return statistics.harmonic_mean(numbers) if len(numbers) == len(known) else None
 
 
 def mean(found: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:

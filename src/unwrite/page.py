@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -22,6 +21,7 @@ from markupsafe import Markup
 
 from unwrite import files
 from unwrite.errors import BadSetting
+from unwrite.formats import hidden
 from unwrite.where import percent
 
 VALUE = 200  # characters shown of a setting
@@ -88,8 +88,7 @@ def plain(value: Any, limit: int = 2000) -> Any:
 def _visible(character: str) -> str:
     if character in "\u200c\u200d\u00ad":  # joiners, soft hyphen: parts of words in many languages
         return character
-    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co")
-    return f"[U+{ord(character):04X}]" if hidden else character
+    return f"[U+{ord(character):04X}]" if hidden(character) else character
 
 
 def tenths(share: float) -> str:

@@ -517,14 +517,7 @@ def _parameters(
     model: Model, trainable: Callable[[str], bool] | None
 ) -> dict[str, torch.nn.Parameter]:
     """The parameters to train by file name; all others are frozen until ``fine_tune`` ends."""
-    everything = dict(model.network.named_parameters(remove_duplicate=False))
-    chosen = {
-        file: everything[name]
-        for file, name in model.names.items()
-        if (trainable is None or trainable(file)) and everything[name].is_floating_point()
-    }
-    if not chosen:
-        raise BadSetting("No tensor of this model is chosen for training.")
+    chosen = model.trainable(trainable)
     model.network.requires_grad_(False)
     for parameter in chosen.values():
         parameter.requires_grad_(True)

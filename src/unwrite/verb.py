@@ -34,6 +34,11 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
         raise typer.Exit(2) from None
 
 
+def words(text: str) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def pairs(settings: list[str], option: str = "--set") -> dict[str, str]:
     """KEY=VALUE words as a dictionary. Raises ``BadSetting`` for any other word."""
     found = {}

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 
-from unwrite.errors import BadSetting
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 
 POSITIONS_PER_BATCH = 1024  # positions (rows x length): bounds what a batch holds
@@ -231,14 +230,7 @@ def visit_gradients(
     gradients. Holds the activations of one batch and the gradients with respect to them, but the
     parameters' gradients never. Raises ``BadSetting`` if no tensor is chosen.
     """
-    parameters = dict(model.network.named_parameters(remove_duplicate=False))
-    chosen = {
-        file: parameters[name]
-        for file, name in model.names.items()
-        if (tensors is None or tensors(file)) and parameters[name].is_floating_point()
-    }
-    if not chosen:
-        raise BadSetting("No tensor of this model is chosen.")
+    chosen = model.trainable(tensors)
     losses = [0.0] * len(sequences)
     with _Watch(model, chosen, visit) as watch, model.progress.stage(title, len(sequences)) as told:
         lengths = [len(tokens.ids) for tokens in sequences]
@@ -439,18 +431,22 @@ def _read_nothing(
 def _read_linear(
     module: torch.nn.Module, taken: torch.Tensor, given: torch.Tensor
 ) -> dict[str, Gradients]:
-    right, left = _flat(taken), _flat(given)
-    weight = Gradients((left.shape[2], right.shape[2]), len(left), outer=[_Outer(left, right)])
-    bias = Gradients((left.shape[2],), len(left), dense=left.sum(dim=1))
-    return {"weight": weight, "bias": bias}
+    taken, given = _flat(taken), _flat(given)
+    return _products(given, taken, given)
 
 
 def _read_transposed(
     module: torch.nn.Module, taken: torch.Tensor, given: torch.Tensor
 ) -> dict[str, Gradients]:
-    left, right = _flat(taken), _flat(given)
+    taken, given = _flat(taken), _flat(given)
+    return _products(taken, given, given)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, given: torch.Tensor) -> dict[str, Gradients]:
+    """Of a projection: its weight's gradients are ``left`` times ``right``, in the orientation that
+    it is stored in; those of its bias are what was given back, summed over positions."""
     weight = Gradients((left.shape[2], right.shape[2]), len(left), outer=[_Outer(left, right)])
-    bias = Gradients((right.shape[2],), len(left), dense=right.sum(dim=1))
+    bias = Gradients((given.shape[2],), len(given), dense=given.sum(dim=1))
     return {"weight": weight, "bias": bias}
 
 
