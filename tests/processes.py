@@ -127,6 +127,8 @@ class Process:
 
 
 def serve() -> None:
+    # A shell starts background jobs deaf to Ctrl-C; the commands tested here must hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
