@@ -39,6 +39,7 @@ LAYERS = [
         "forgetting.replay",
         "forgetting.fitting",
         "allocator",
+        "products",
         "tensorfile",
         "weights",
         "change",

@@ -25,6 +25,7 @@ from unwrite.delta import Delta, compose
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, ModelUnavailable, TensorMismatch
 from unwrite.pretrained import Source, resolve
+from unwrite.products import multiply_fast
 from unwrite.progress import Reporter, Silent
 from unwrite.scores import is_complete, says
 from unwrite.weights import Weights, fingerprint
@@ -152,6 +153,7 @@ class Model:
             )
         network.eval()
         network.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        multiply_fast(network)
         names, aliases = _match_names(network, Weights.from_folder(source.folder), source.name)
         return cls(
             network, tokenizer, source, Anatomy.of(network), names, aliases, progress=progress

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from unwrite import products
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 
 POSITIONS_PER_BATCH = 1024  # positions (rows x length): bounds what a batch holds
@@ -411,7 +412,7 @@ def _reader(module: torch.nn.Module) -> Reader | None:
     if not own:
         return _read_nothing
     forward = type(module).forward
-    if forward is torch.nn.Linear.forward:
+    if forward in (torch.nn.Linear.forward, products.Linear.forward):
         return _read_linear
     if forward is Conv1D.forward:
         return _read_transposed
