@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from unwrite.console import LOG
 from unwrite.errors import BadSetting
+from unwrite.files import user_path
 from unwrite.verb import RESUMABLE, pairs, verb
 
 
@@ -54,6 +56,8 @@ def finetune(
     with verb(as_json, RESUMABLE) as out:
         from unwrite import finetuning
 
+        run = user_path(out_folder) / "run"
+        out.log_to(run / LOG, when=run / "run.json")
         course, letting = _settings(pairs(settings or []), seed)
         done = finetuning.finetune(
             base,
