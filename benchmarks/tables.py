@@ -31,7 +31,7 @@ def pages() -> dict[Path, str]:
     head = ["| what | measured | goal |", "| --- | --- | --- |"]
     tables = {
         README: {"speed": [*head, *rows()]},
-        PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows()]},
+        PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows(), *callback_rows()]},
         RESULTS: {
             "development": development(),
             "locate": locate(),
@@ -226,6 +226,21 @@ def delicate_rows() -> list[str]:
             f"{widest('load')}; {widest('stream')}",
             "3x",
         ),
+    ]
+
+
+def callback_rows() -> list[str]:
+    """What graceful forgetting costs a Trainer besides its unlearning steps, once it is measured."""
+    try:
+        found = committed("callback_overhead")["excepted_over_plain"]
+    except FileNotFoundError:
+        return []
+    return [
+        row(
+            "a Trainer with `GracefulForgetting`, unlearning steps excepted, against one without",
+            f"{found['median']:.3f}x ({found['min']:.3f}-{found['max']:.3f})",
+            "1.03x",
+        )
     ]
 
 

@@ -80,7 +80,10 @@ def options(
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[
-    str, typer.Argument(help="A file of edits, or 'atlas' (bundled facts).", metavar="EDITS")
+    str,
+    typer.Argument(
+        help="A file of edits, 'atlas' (bundled facts), or hub:OWNER/NAME:SPLIT.", metavar="EDITS"
+    ),
 ]
 IdArgument = Annotated[str, typer.Argument(help="Id of an update, as in 'history'.", metavar="ID")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]

@@ -16,7 +16,7 @@ from unwrite.verb import RESUMABLE, pairs, verb
 def finetune(
     base: Annotated[str, typer.Argument(help="Folder, built-in name or hub id.", metavar="BASE")],
     task: Annotated[
-        str, typer.Option("--task", help="A JSONL file, or bank:NAME.", metavar="TASK")
+        str, typer.Option("--task", help="A file, bank:NAME or hub:OWNER/NAME.", metavar="TASK")
     ],
     out_folder: Annotated[
         Path, typer.Option("--out", help="The new model's folder.", metavar="FOLDER")
