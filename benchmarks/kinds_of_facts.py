@@ -51,9 +51,9 @@ def main() -> None:
 
 def run(options: argparse.Namespace, folder: Path) -> None:
     """All methods on all facts; the facts are chosen once."""
-    if (folder / "plan.json").exists():
-        start = next((folder / "starts").glob("*/edits.jsonl"))
-        facts = list(read_edits(start))
+    chosen = next((folder / "starts").glob("*/edits.jsonl"), None)
+    if chosen is not None:
+        facts = list(read_edits(chosen))
     else:
         facts = list(read_edits(options.edits, known_to=load(options.base)))[1::2]
     compare(

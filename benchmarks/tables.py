@@ -230,7 +230,7 @@ def delicate_rows() -> list[str]:
 
 
 def callback_rows() -> list[str]:
-    """What graceful forgetting costs a Trainer besides its unlearning steps, once it is measured."""
+    """What graceful forgetting costs a Trainer besides its unlearning steps, once measured."""
     try:
         found = committed("callback_overhead")["excepted_over_plain"]
     except FileNotFoundError:

@@ -108,6 +108,8 @@ def test_every_verb_writes_the_log_file_it_is_given(worlds, facts, tmp_path, mon
     assert any("Committed as u-" in line for line in lines)
     assert any("reliability" in line and "100.0" in line for line in lines)
     assert LOG_FILE not in os.environ
+    assert run("--log-file", path, "ask", home, worlds().edits[0].prompt).exit_code == 0
+    assert logged(path)[-1] == worlds().edits[0].new
     assert run("--log-file", path, "show", home, "u-00000000").exit_code == 2
     assert any(line.startswith("Error: ") for line in logged(path))
 

@@ -253,6 +253,7 @@ class Terminal:
         if not self.as_json:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            self._log(line)
 
 
 def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
