@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from unwrite.files import read_jsonl, write_jsonl
 from unwrite.products import Linear
 
 RESULTS = Path(__file__).parent / "results"
@@ -75,6 +76,17 @@ def committed(name: str) -> dict[str, Any]:
     """The result of an earlier run."""
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     return content
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result that grows run by run, so that it can be cut off anywhere."""
+    return read_jsonl(path) if path.exists() else []
+
+
+def add_line(path: Path, row: dict[str, Any]) -> None:
+    """One more row, whole on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, [*lines(path), row])
 
 
 def _bare(word: str) -> str:

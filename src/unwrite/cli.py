@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +18,18 @@ import typer
 
 from unwrite.cli_finetune import finetune
 from unwrite.cli_forgetting import app as forgetting_app
-from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, harmless, score_rows
+from unwrite.console import (
+    LOG,
+    LOG_FILE,
+    PLAIN,
+    SCORE_COLUMNS,
+    TRACK,
+    Terminal,
+    harmless,
+    score_rows,
+)
 from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
-from unwrite.files import readable_size
+from unwrite.files import readable_size, user_path
 from unwrite.verb import RESUMABLE as _RESUMABLE
 from unwrite.verb import pairs as _pairs
 from unwrite.verb import verb as _verb
@@ -47,16 +57,33 @@ def options(
         bool,
         typer.Option("--plain", help="No lines, bars and colours; UNWRITE_PLAIN=1 does the same."),
     ] = False,
+    log_file: Annotated[
+        str | None,
+        typer.Option("--log-file", help="Write all that is said there as well.", metavar="FILE"),
+    ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track",
+            help="Trackers for the loss: tensorboard (files in ./runs), wandb and others.",
+            metavar="NAME,...",
+        ),
+    ] = None,
 ) -> None:
     """What stands before the verb."""
-    if plain and not os.environ.get(PLAIN):
-        os.environ[PLAIN] = "1"
-        context.call_on_close(lambda: os.environ.pop(PLAIN, None))
+    given = {PLAIN: "1" if plain else None, LOG_FILE: log_file, TRACK: track}
+    for name, value in given.items():
+        if value and not os.environ.get(name):
+            os.environ[name] = value
+            context.call_on_close(partial(os.environ.pop, name, None))
 
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[
-    str, typer.Argument(help="A file of edits, or 'atlas' (bundled facts).", metavar="EDITS")
+    str,
+    typer.Argument(
+        help="A file of edits, 'atlas' (bundled facts), or hub:OWNER/NAME:SPLIT.", metavar="EDITS"
+    ),
 ]
 IdArgument = Annotated[str, typer.Argument(help="Id of an update, as in 'history'.", metavar="ID")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -458,6 +485,7 @@ def compare(
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
 
+        _log_in(out_folder, out)
         found = api.compare(
             base,
             edits,
@@ -515,6 +543,7 @@ def sweep(
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
 
+        _log_in(out_folder, out)
         found = api.sweep(
             base,
             edits,
@@ -739,6 +768,14 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in _words(text)]
     except ValueError:
         raise BadSetting(f"{option} takes whole numbers with commas, not {text!r}.") from None
+
+
+def _log_in(run: Path, out: Terminal) -> None:
+    """Leave a log in the folder of a comparison, once there is one."""
+    from unwrite.grid import NAME
+
+    folder = user_path(run)
+    out.log_to(folder / LOG, when=folder / NAME)
 
 
 def _show_comparison(out: Terminal, found: Any) -> None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unwrite.console import Terminal
+from unwrite.console import LOG, Terminal
 from unwrite.errors import BadEdits, BadSetting
-from unwrite.files import write_jsonl
+from unwrite.files import user_path, write_jsonl
 from unwrite.verb import RESUMABLE, pairs, verb, words
 
 if TYPE_CHECKING:
@@ -113,9 +113,11 @@ def collect(
             if base is None or not (tasks or edits):
                 raise BadSetting("Collecting needs --base MODEL and --tasks or --edits.")
             from unwrite import api, methods
+            from unwrite.forgetting.collection import BASE as MEASURED
             from unwrite.forgetting.collection import collect as collect_tasks
             from unwrite.forgetting.examples import read_examples
 
+            out.log_to(user_path(folder) / LOG, when=user_path(folder) / MEASURED)
             tuner: Any = methods.build(method, pairs(settings or []))
             to_learn = _tasks(tasks or [], edits or [], limit)
             watched = read_examples(*(examples or ["atlas", "neutral"]))

@@ -44,6 +44,7 @@ from unwrite.forgetting.penalty import Anchor, BestEpoch
 from unwrite.forgetting.self_generation import Keep, self_generate
 from unwrite.model import Model, Tokens
 from unwrite.observe import perplexity
+from unwrite.progress import Measured
 from unwrite.tasks import Example, Task, is_right, read_task, read_tasks
 from unwrite.training import Pair, row_losses
 from unwrite.weights import Weights, save_weights
@@ -441,7 +442,7 @@ def learn_task(
     with _own_randomness(), contextlib.ExitStack() as clean_up:
         clean_up.callback(_restore, model, before, model.network.training)
         advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
-        trainer = _trainer(model, arguments, rows, [*callbacks, _bar(advance)])
+        trainer = _trainer(model, arguments, rows, callbacks, advance)
         checkpoints = sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
         return Delta.from_changes(
@@ -449,7 +450,13 @@ def learn_task(
         )
 
 
-def _trainer(model: Model, arguments: Any, rows: list[Tokens], callbacks: list[Any]) -> Any:
+def _trainer(
+    model: Model,
+    arguments: Any,
+    rows: list[Tokens],
+    callbacks: Sequence[Any],
+    advance: Callable[[int, str], None],
+) -> Any:
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
@@ -457,27 +464,30 @@ def _trainer(model: Model, arguments: Any, rows: list[Tokens], callbacks: list[A
         """The Trainer with this project's loss: logits at answer positions only."""
 
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            return row_losses(model, inputs["sequences"], self.args.device).mean()
+            loss = row_losses(model, inputs["sequences"], self.args.device).mean()
+            self.latest_loss = loss.detach()
+            return loss
 
     trainer = TaskTrainer(
         model=model.network,
         args=arguments,
         train_dataset=rows,
         data_collator=lambda batch: {"sequences": batch},
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
+    trainer.add_callback(_bar(advance, trainer))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _bar(advance: Callable[[int, str], None]) -> Any:
+def _bar(advance: Callable[[int, str], None], trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
-        """Tells the project's progress bar of every step."""
+        """Tells the project's progress bar of every step, with the loss of its last batch."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            advance(1, "")
+            advance(1, Measured("loss", float(trainer.latest_loss)))
 
     return Bar()
 

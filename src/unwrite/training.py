@@ -34,6 +34,7 @@ from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
+from unwrite.progress import Measured
 
 ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
@@ -273,7 +274,7 @@ class _Run:
                     loss = self._step(
                         [[rows[index] for index in batch] for rows in rows_of_courses]
                     )
-                    advance(1, f"loss {loss:.3f}")
+                    advance(1, Measured("loss", loss))
                 self.epoch += 1
                 self.learned = recipe.until == "learned" and self._all_right(self.courses[-1])
 

@@ -21,6 +21,7 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
     out = Terminal(as_json)
     try:
         with speaking_of_disk("finish this"):
+            out.open()
             yield out
     except UnwriteError as error:
         out.fail(str(error))
@@ -32,6 +33,8 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
     except MemoryError:
         out.fail("The memory of this machine ran out; nothing was changed.")
         raise typer.Exit(2) from None
+    finally:
+        out.close()
 
 
 def words(text: str) -> list[str]:
