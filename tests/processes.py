@@ -70,7 +70,8 @@ class Processes:
 
     def start(self, *words: object, **how) -> Process:
         """Start ``unwrite WORDS``. ``die_at=K``: killed just before its K-th step on disk;
-        ``wait_in=NAME``: creates the file ``arrived`` when that function is called, and waits."""
+        ``count_steps``: writes their number into the file ``steps``; ``wait_in=NAME``: creates the
+        file ``arrived`` when that function is called, and waits."""
         self.count += 1
         place = self.folder / str(self.count)
         place.mkdir()
@@ -152,6 +153,9 @@ def be(order: dict) -> None:
         os.dup2(file, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["unwrite", *order["words"]]
+    steps = [0]
+    if order.get("count_steps"):
+        steps = at_step(0, lambda: None)
     if "die_at" in order:
         at_step(order["die_at"], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if "wait_in" in order:
@@ -166,6 +170,8 @@ def be(order: dict) -> None:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        if order.get("count_steps"):
+            (place / "steps").write_text(str(steps[0]))
         os._exit(code)
 
 

@@ -435,7 +435,7 @@ def test_stored_lets_go_of_its_sources_and_of_its_files():
     assert not folder.exists()
     with (
         patch("unwrite.delta.save_changes", side_effect=RuntimeError),
-        patch("unwrite.delta.tempfile.mkdtemp", return_value=str(folder)),
+        patch("unwrite.scratch.tempfile.mkdtemp", return_value=str(folder)),
         pytest.raises(RuntimeError),
     ):
         source.stored()

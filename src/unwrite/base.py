@@ -104,13 +104,14 @@ class Base:
     def read(cls, home: Path) -> Base:
         """The base of a home. Raises ``DamagedFile`` when ``base.json`` is not what was written."""
         path = home / NAME
+        if not path.is_file():  # a pipe would hold us for ever
+            raise HomeError(f"{home} has no {NAME}: it is not a model home.")
         try:
             content = json.loads(path.read_text("utf-8"))
             base = cls(**content)
+            base._check_types()
             sound = fingerprint_of(base.tensors) == base.fingerprint
-        except FileNotFoundError:
-            raise HomeError(f"{home} has no {NAME}: it is not a model home.") from None
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except (ValueError, TypeError, AttributeError, RecursionError, LookupError):
             raise DamagedFile(f"{path} is damaged. Put it back from a copy of the home.") from None
         if base.format != FORMAT:
             raise HomeError(
@@ -119,6 +120,30 @@ class Base:
         if not sound:
             raise DamagedFile(f"{path} is damaged: its hashes contradict each other.")
         return base
+
+    def _check_types(self) -> None:
+        """``ValueError`` or the like for what ``describe`` would never give: a home may come from
+        anywhere."""
+        texts = (self.name, self.folder, self.dtype, self.fingerprint)
+        sound = (
+            all(isinstance(one, str) for one in texts)
+            and type(self.parameters) is int
+            and self.kind in ("folder", "built-in", "hub")
+            and (self.revision is None or isinstance(self.revision, str))
+            and all(
+                isinstance(one, str) for one in (*self.aliases.values(), *self.tensors.values())
+            )
+            and all(isinstance(one, dict) for one in self.places.values())
+            and all(
+                Path(name).name == name
+                and type(known["size"]) is int
+                and type(known["modified"]) is int
+                and isinstance(known["sha256"], str)
+                for name, known in self.files.items()
+            )
+        )
+        if not sound or "\0" in self.folder:
+            raise ValueError
 
     def write(self, home: Path) -> str:
         """Write ``base.json``, atomically; returns its hash."""

@@ -28,10 +28,11 @@ from unwrite.console import (
     harmless,
     score_rows,
 )
-from unwrite.errors import BadSetting, DamagedFile, RequirementNotMet
+from unwrite.errors import BadSetting, DamagedFile, NotReproduced, RequirementNotMet
 from unwrite.files import readable_size, user_path
 from unwrite.verb import RESUMABLE as _RESUMABLE
 from unwrite.verb import pairs as _pairs
+from unwrite.verb import terminate as _terminate
 from unwrite.verb import verb as _verb
 from unwrite.verb import words as _words
 
@@ -371,6 +372,23 @@ def verify(home: HomeArgument, as_json: Json = False) -> None:
                 out.warn(problem)
             raise DamagedFile(f"{home} has {len(problems)} problem(s), listed above.")
         out.say(f"{home} is sound: history, files, tensors and recomposed state all match.")
+
+
+@app.command("replay-update")
+def replay_update(
+    home: HomeArgument,
+    update_id: IdArgument,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Do an update once more, in scratch, and say whether every bit comes out the same."""
+    with _verb(as_json) as out:
+        found = _open(home, None, trust_remote_code, out).replay_update(update_id)
+        out.result(found.as_json())
+        if not found.reproduced:
+            out.as_json = False  # the one object has been printed
+            raise NotReproduced(found.sentence())
+        out.say(found.sentence())
 
 
 @app.command()
@@ -714,15 +732,13 @@ def doctor(
 
 def main() -> None:
     """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+            signal.signal(number, _terminate)
     app()
 
 
 # ---- shared by the verbs ---------------------------------------------------------------------
-
-
-def _terminate(_signal: int, _frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _open(home: Path, base: str | None, trust_remote_code: bool, out: Terminal) -> Home:

@@ -30,7 +30,7 @@ from unwrite import base as bases
 from unwrite import cell as cells
 from unwrite.base import Base
 from unwrite.bench import Bench
-from unwrite.delta import Delta
+from unwrite.delta import SCRATCH, Delta
 from unwrite.edits import Edit, Edits, read_edits
 from unwrite.errors import BadEdits, BadSetting, UnwriteError
 from unwrite.files import (
@@ -48,8 +48,9 @@ from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.reference import NAMES, RandomDelta, RandomMask, references
 from unwrite.run_report import RunReport
+from unwrite.scratch import remove_temporaries, sweep_temporary
 from unwrite.start import NAME as START
-from unwrite.start import Start, check_plantable, planting, remove_temporaries
+from unwrite.start import Start, check_plantable, planting
 
 CELLS, STARTS, DONORS = "cells", "starts", "donors"
 # What a killed process may leave of a run that has no plan yet.
@@ -273,6 +274,7 @@ class _Run:
     def go(self) -> None:
         """Compute what this call asks for and is not there yet. Only under the lock."""
         remove_temporaries(self.folder)
+        sweep_temporary(SCRATCH)
         todo = [cell for cell in self.asked.cells if not self._is_finished(cell)]
         self.progress.say(
             f"{len(self.asked.cells)} cells, {len(self.asked.cells) - len(todo)} of them finished."

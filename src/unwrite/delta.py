@@ -15,8 +15,6 @@ How a delta lies on disk is the business of ``deltafile``.
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,12 +23,14 @@ from typing import Any, Self, overload
 
 import torch
 
+from unwrite import scratch
 from unwrite.change import Change, Dense, add_into, in_step
 from unwrite.deltafile import LARGEST_SHARD, SavedChanges, TensorFacts, save_changes, totals
 from unwrite.errors import BadSetting, TensorMismatch
 from unwrite.tensorfile import empty_tensor
 from unwrite.weights import Progress, Weights, check_same_tensors, listed
 
+SCRATCH = "unwrite-delta"  # see ``Delta.stored``
 CHANGEABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -211,14 +211,14 @@ class Delta(Mapping[str, Change]):
 
         A lazy view keeps everything it was made of; storing it lets that go.
         """
-        scratch = Path(tempfile.mkdtemp(prefix="unwrite-delta-"))
+        folder, remove = scratch.temporary(SCRATCH)
         try:
-            delta = self.save(scratch)
+            delta = self.save(folder)
         except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove()
             raise
         # Views made of the delta keep its files in use as long as they need them.
-        weakref.finalize(delta._saved, shutil.rmtree, scratch, ignore_errors=True)
+        weakref.finalize(delta._saved, remove)
         return delta
 
     def save(

@@ -50,6 +50,10 @@ class TrainingFailed(UnwriteError):
     """Training stopped by itself (not-a-number loss, out of memory); nothing was kept."""
 
 
+class NotReproduced(UnwriteError):
+    """An update done once more gave other bits than the first time."""
+
+
 class RequirementNotMet(UnwriteError):
     """The update was trained and measured, missed a requirement, and was not committed.
 
@@ -64,3 +68,13 @@ class UpdateDiscarded(UnwriteError):
     """The update was trained and measured, and whoever was asked to confirm it declined."""
 
     exit_code = 3
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, by whatever name: Python's error, torch's for a GPU (known by its
+    name, because nothing here imports torch), or the plain one of torch's allocator for the CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

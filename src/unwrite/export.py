@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from unwrite import card
+from unwrite import card, scratch
 from unwrite.base import Base
 from unwrite.change import LowRank
 from unwrite.delta import Delta, compose
@@ -49,11 +49,13 @@ def export_state(
     progress: Reporter,
     *,
     trust_remote_code: bool = False,
+    home: Path | None = None,
 ) -> Path:
     """Write ``base + deltas`` to the new folder ``target`` as one of ``KINDS``.
 
     ``source``: where the base is; ``entries``: the ledger, told in the model card (none: no card);
-    ``live``: ids of the deltas. Raises ``HomeError`` when the target is not empty, or for an
+    ``live``: ids of the deltas; ``home``: a folder that notes where the scratch is (see
+    ``scratch``). Raises ``HomeError`` when the target is not empty, or for an
     adapter when a change is not one that an adapter can hold.
     """
     if kind not in KINDS:
@@ -73,7 +75,7 @@ def export_state(
         now = entries[-1].get("fingerprint", base.fingerprint)
         write = _with_card(write, card.card(kind, base, source, entries, live, now), source)
     with speaking_of_disk(f"export to {target}"):
-        _whole_or_not_at_all(target, write)
+        _whole_or_not_at_all(target, home, write)
     return target
 
 
@@ -118,50 +120,21 @@ def _check_free(target: Path) -> None:
         raise HomeError(f"{target} exists and is not empty; export to a new folder.")
 
 
-def _whole_or_not_at_all(target: Path, write: Callable[[Path], None]) -> None:
+def _whole_or_not_at_all(target: Path, home: Path | None, write: Callable[[Path], None]) -> None:
     """Fill a scratch folder beside ``target`` and give it that name when it is complete."""
     target = target.resolve()  # a link to an empty folder is filled where it leads
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
-    scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
-    scratch.mkdir()
-    try:
-        write(scratch)
-        for file in scratch.iterdir():
+    with scratch.beside(target, home) as folder:
+        write(folder)
+        for file in folder.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        sync_folder(scratch)
+        sync_folder(folder)
         _check_free(target)  # another export may have been faster
         if target.exists():
             target.rmdir()
-        os.replace(scratch, target)
+        os.replace(folder, target)
         sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-def _sweep(target: Path) -> None:
-    """Remove the scratch folders that killed exports to this very target left behind."""
-    scratch = re.compile(rf"\.{re.escape(target.name)}\.([1-9]\d{{0,8}})\.partial")
-    for folder in target.parent.iterdir():
-        found = scratch.fullmatch(folder.name)
-        if found and not folder.is_symlink() and not _is_alive_elsewhere(int(found[1])):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive_elsewhere(process: int) -> bool:
-    """Whether another process has this id now. (Ours may be that of a killed one: in a container
-    the first process always has the same.)"""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 # Adapters -----------------------------------------------------------------------------------------

@@ -40,7 +40,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     atomic), is flushed to disk, and takes the name.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    # Named after this process, so that what a killed one left can be told from work in progress.
+    prefix = f".{path.name}.{os.getpid()}-"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from unwrite.change import Dense
-from unwrite.delta import Delta, compose
+from unwrite.delta import SCRATCH, Delta, compose
 from unwrite.errors import BadSetting
 from unwrite.files import (
     only_writer,
@@ -45,6 +45,7 @@ from unwrite.forgetting.self_generation import Keep, self_generate
 from unwrite.model import Model, Tokens
 from unwrite.observe import perplexity
 from unwrite.progress import Measured
+from unwrite.scratch import remove_temporaries, sweep_temporary
 from unwrite.tasks import Example, Task, is_right, read_task, read_tasks
 from unwrite.training import Pair, row_losses
 from unwrite.weights import Weights, save_weights
@@ -142,14 +143,27 @@ def finetune(
     if chosen in ("graceful", "ewc") and not let_go:
         raise BadSetting(f"{method} needs something else than the task itself: add --forget TASK.")
     folder = user_path(out)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "run" / "run.json").exists():
+    if not _is_free(folder):
         raise BadSetting(f"{folder} holds something else already. Name a new folder.")
     model = base if isinstance(base, Model) else Model.load(base, **loading)
     (folder / "run").mkdir(parents=True, exist_ok=True)
     with only_writer(folder / "run"):
+        remove_temporaries(folder / "run")
+        sweep_temporary(SCRATCH)
         run = _Run(model, folder / "run", learn, let_go, chosen, course, letting)
         result = run.finish(folder)
     return FineTuned(folder, result)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a run can be begun or gone on with: nothing of anybody else's is there."""
+    if not folder.exists() or (folder / "run" / "run.json").exists():
+        return True
+    begun = folder / "run"  # killed before it was written down, a run has hidden files only
+    return all(
+        item == begun and begun.is_dir() and all(one.name[0] == "." for one in begun.iterdir())
+        for item in folder.iterdir()
+    )
 
 
 class _Run:

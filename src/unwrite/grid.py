@@ -167,7 +167,7 @@ class Plan:
                 content["edits"],
                 [Cell(**cell) for cell in content["cells"]],
             )
-        except (LookupError, TypeError):
+        except (LookupError, TypeError, ValueError, AttributeError):
             raise DamagedFile(f"{folder / NAME} is damaged: it is not a plan.") from None
 
     def write(self, folder: Path) -> None:

@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from unwrite import base as bases
-from unwrite import methods, record, where
+from unwrite import methods, record, scratch, where
 from unwrite import scores as scoring
 from unwrite.base import Base
-from unwrite.delta import Delta
+from unwrite.delta import SCRATCH, Delta
 from unwrite.edits import Edit, read_edits, with_ids
 from unwrite.errors import (
     BadEdits,
@@ -61,10 +61,12 @@ from unwrite.observe import Question, observe, perplexity, questions, settle
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
 from unwrite.record import Undone, Update
+from unwrite.reproduction import Replayed, differences, environment_changes
 from unwrite.requirements import Requirement, parse
 from unwrite.scores import Row, Score, Scores
 
 LEDGER, UPDATES, PARTIAL = "ledger.jsonl", "updates", "partial"
+REPORT = "report.html"
 _ID = re.compile(r"u-[0-9a-f]{8}")
 _OWN = (".lock", bases.NAME, f".{bases.NAME}.", f".{LEDGER}.")  # of a home that is being made
 
@@ -145,13 +147,10 @@ class Home:
     def ledger(self) -> Ledger:
         """The history, read and checked anew (another process may have added to it)."""
         ledger = Ledger.open(self.folder / LEDGER)
-        first = ledger.entries[0].get("base")
+        for entry in ledger.entries:
+            record.check_entry(entry, ledger.path)
         file = self.folder / bases.NAME
-        if (
-            not isinstance(first, dict)
-            or not file.is_file()
-            or sha256_file(file) != first["sha256"]
-        ):
+        if not file.is_file() or sha256_file(file) != ledger.entries[0]["base"]["sha256"]:
             raise DamagedFile(
                 f"{file} is damaged: it is not the base that {LEDGER} begins with. "
                 "Put back both from one copy of the home."
@@ -205,7 +204,10 @@ class Home:
             if self._candidate is not None and update == self._candidate.id:
                 opened.append(self._candidate.delta)
                 continue
-            delta = Delta.open(self._file(ledger.entry(update), "delta/delta.json").parent)
+            folder = self._file(ledger.entry(update), "delta/delta.json").parent
+            for file in folder.iterdir():
+                _check_inside(self.folder, file)
+            delta = Delta.open(folder)
             delta.check_base(self.base.fingerprint, self.base.name)
             if update not in self._sound:
                 delta.verify()
@@ -370,15 +372,66 @@ class Home:
         again = _Redo(update, self.deltas([update])[0])
         return self.update(edits, again, why=why, command=command, confirm=confirm)
 
+    def replay_update(self, update: str) -> Replayed:
+        """Do an update of the ledger once more, on the state before it and in scratch, and compare.
+
+        Method and settings are those of the ledger, edits those of the update's folder. Nothing of
+        the home is changed. Memory and time: those of the update's training. Raises ``HomeError``
+        for an unknown id, ``DamagedFile`` when the edits are not as they were written, and
+        ``BadSetting`` when the method is not there any more; and what the method raises.
+        """
+        ledger = self.ledger
+        entry = ledger.entry(update)
+        edits = read_edits(self._file(entry, "edits.jsonl"))
+        then = read_json(self._file(entry, "environment.json"))
+        method = self._method_of(entry)
+        before = self.deltas([one for one in ledger.live(update) if one != update])
+        (recorded,) = self.deltas([update])
+        model = self.model_before(update)
+        clock = Clock()
+        with speaking_of_disk("keep the second result"):
+            with clock.of("train"):
+                again = method.delta(model, edits).stored()
+            differ, largest = differences(recorded, again)
+            found = self.base.fingerprint_with(self.source.folder, [*before, again])
+        return Replayed(
+            id=update,
+            tensors=len({*recorded, *again}),
+            differ=differ,
+            largest=largest,
+            fingerprint={"recorded": entry["fingerprint"], "found": found},
+            environment=environment_changes(then, record.environment("")),
+            seconds=clock.seconds["train"],
+        )
+
+    def _method_of(self, entry: Entry) -> Any:
+        """The method of an update, from the settings in the ledger."""
+        if entry["method"]["name"] == _Redo.name:
+            of = entry["method"]["of"]
+            return _Redo(of, self.deltas([of])[0])
+        try:
+            return methods.restored(entry["method"])
+        except BadSetting as error:
+            raise BadSetting(
+                f"{entry['id']} cannot be done once more: {error} Install what it was made with."
+            ) from None
+
     def _sweep(self) -> None:
         """Finish or remove what a killed process left behind. Only under the write lock."""
         _remove_temporaries(self.folder)
+        self._sweep_scratch()
         committed = self.ledger.applied
         for folder in (self.folder / UPDATES).glob("*"):
             if folder.name in committed:
                 (folder / PARTIAL).unlink(missing_ok=True)
             elif _is_leftover(folder):
                 _remove(folder)
+
+    def _sweep_scratch(self) -> None:
+        """Remove what killed exports, reports and trainings left behind; needs no lock."""
+        scratch.sweep_noted(self.folder)
+        scratch.sweep_files(self.folder, REPORT)
+        scratch.sweep_temporary(SCRATCH)
 
     # ---- undo --------------------------------------------------------------------------------
 
@@ -564,7 +617,10 @@ class Home:
                 problems.append(str(error))
         if not problems:
             try:
-                Delta.open(self._update_folder(entry["id"]) / "delta").verify()
+                folder = self._update_folder(entry["id"]) / "delta"
+                for file in folder.iterdir():
+                    _check_inside(self.folder, file)
+                Delta.open(folder).verify()
             except UnwriteError as error:
                 problems.append(str(error))
         return problems
@@ -577,6 +633,8 @@ class Home:
         Raises ``HomeError`` when the folder exists and is not empty, or for ``"adapter"`` when a
         live change is not of low rank, or not of the weight of a projection.
         """
+        with contextlib.suppress(OSError):  # a home that can only be read can be exported too
+            self._sweep_scratch()
         ledger = self.ledger
         live = ledger.live()
         return export_state(
@@ -589,11 +647,14 @@ class Home:
             self.deltas(live),
             self.progress,
             trust_remote_code=self._trust_remote_code,
+            home=self.folder,
         )
 
     def _file(self, entry: Entry, name: str) -> Path:
-        """A file of an update, compared with its hash in the ledger. Raises ``DamagedFile``."""
+        """A file of an update, compared with its hash in the ledger. Raises ``DamagedFile``, also
+        for a link that leads out of the home."""
         file = self._update_folder(entry["id"]) / name
+        _check_inside(self.folder, file)
         if not file.is_file():
             raise DamagedFile(f"{file} is missing. Put it back from a copy of the home.")
         if sha256_file(file) != entry["files"].get(name):
@@ -607,6 +668,15 @@ class Home:
         if not _ID.fullmatch(update):
             raise DamagedFile(f"The ledger names an update {update!r}, which is not an id.")
         return self.folder / UPDATES / update
+
+
+def _check_inside(home: Path, file: Path) -> None:
+    """Refuse (``DamagedFile``) what is reached through a link that leads out of the home."""
+    if not file.resolve().is_relative_to(home.resolve()):
+        raise DamagedFile(
+            f"{file} leads out of the home by a link, which is not followed. Put the file itself "
+            "there."
+        )
 
 
 def is_home(folder: str | Path) -> bool:
@@ -683,7 +753,10 @@ def _remove_temporaries(home: Path) -> None:
 
 
 def _is_leftover(folder: Path) -> bool:
-    """Whether a killed process left this folder half-made or half-removed (see ``_remove``)."""
+    """Whether a killed process left this folder half-made or half-removed (see ``_remove``). A link
+    is nobody's left-over: what it leads to is not ours to remove."""
+    if folder.is_symlink():
+        return False
     try:
         names = {item.name for item in folder.iterdir()}
     except FileNotFoundError:  # it is being removed

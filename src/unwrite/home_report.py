@@ -139,6 +139,9 @@ def _read(folder: Path, name: str, hashes: Mapping[str, str | None]) -> Any:
     path, known = folder / name, hashes.get(name)
     if known is None and not path.is_file():
         return None
+    home = folder if name == "base.json" else folder.parents[1]
+    if not path.resolve().is_relative_to(home.resolve()):
+        raise DamagedFile(f"{path} leads out of the home by a link, which is not followed.")
     if not path.is_file() or (known is not None and files.sha256_file(path) != known):
         fault = "is not as it was written" if path.is_file() else "is missing"
         raise DamagedFile(

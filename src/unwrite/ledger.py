@@ -14,6 +14,7 @@ reverted, in the order in which they were applied.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Ledger:
             entries.append(entry)
         if not entries:
             raise _damaged(path, 1, "the ledger is empty")
+        _check_fold(path, entries)
         return cls(path, tuple(entries))
 
     @classmethod
@@ -72,12 +74,22 @@ class Ledger:
         """Write one more entry durably and return the longer ledger.
 
         ``n``, ``previous`` and ``sha256`` are filled in. When this returns, the entry survives a
-        power cut; until then, the file is as it was.
+        power cut; until then, the file is as it was. Raises ``HomeError`` where the disk reports an
+        error when the entry is there already, and ``OSError`` where it is not.
         """
         entry = {"n": len(self.entries), **entry, "previous": self.head}
         entry["sha256"] = _hash(entry)
         entries = (*self.entries, entry)
-        write_atomically(self.path, "".join(_line(one) + "\n" for one in entries))
+        try:
+            write_atomically(self.path, "".join(_line(one) + "\n" for one in entries))
+        except OSError as error:
+            if self.path.is_file() and Ledger.open(self.path).head == entry["sha256"]:
+                raise HomeError(
+                    f"What was done is in {self.path}, but the disk reported an error afterwards "
+                    f"({error.strerror}), so a power cut may still undo it. Check the disk, then "
+                    f"run: unwrite verify {self.path.parent}"
+                ) from error
+            raise
         return Ledger(self.path, entries)
 
     # ---- the fold ----------------------------------------------------------------------------
@@ -128,12 +140,33 @@ def _hash(entry: Entry) -> str:
 def _parse(path: Path, number: int, line: bytes) -> Entry:
     try:
         entry = json.loads(line)
-    except (ValueError, RecursionError):
+        # A duplicated key or an added space would survive parsing: the line must be what we write.
+        same = isinstance(entry, dict) and _line(entry).encode("utf-8") == line
+    except (ValueError, RecursionError):  # a not-a-number and half a character cannot be written
         raise _damaged(path, number, "it is not JSON") from None
-    # A duplicated key or an added space would survive parsing: the line must be what we write.
-    if not isinstance(entry, dict) or _line(entry).encode("utf-8") != line:
+    if not same:
         raise _damaged(path, number, "it is not as it was written")
-    return entry
+    return dict(entry)
+
+
+def _check_fold(path: Path, entries: Sequence[Entry]) -> None:
+    """Refuse lines that are whole but make no history, whoever wrote them."""
+    applied: set[str] = set()
+    live: set[str] = set()
+    for number, entry in enumerate(entries, start=1):
+        do = entry.get("do")
+        name = entry.get("id" if do == "apply" else "of")
+        if (do == "init") != (number == 1) or do not in ("init", "apply", "revert"):
+            raise _damaged(path, number, "it is none of init (first of all), apply and revert")
+        if do != "init" and not isinstance(name, str):
+            raise _damaged(path, number, "it names no update")
+        if do == "apply" and name in applied:
+            raise _damaged(path, number, "it applies an update for the second time")
+        if do == "revert" and name not in live:
+            raise _damaged(path, number, "it reverts an update that is not live")
+        if do != "init":
+            applied.add(str(name))
+            live ^= {str(name)}
 
 
 def _damaged(path: Path, number: int, reason: str) -> DamagedFile:

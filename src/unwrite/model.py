@@ -23,7 +23,15 @@ import torch
 from unwrite.anatomy import Anatomy
 from unwrite.delta import Delta, compose
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, BadSetting, ModelUnavailable, TensorMismatch
+from unwrite.errors import (
+    BadEdits,
+    BadSetting,
+    ModelUnavailable,
+    TensorMismatch,
+    UnwriteError,
+    is_out_of_memory,
+)
+from unwrite.formats import printable
 from unwrite.pretrained import Source, resolve
 from unwrite.products import multiply_fast
 from unwrite.progress import Reporter, Silent
@@ -140,6 +148,7 @@ class Model:
             if isinstance(name, Source)
             else resolve(name, trust_remote_code=trust_remote_code, on_progress=progress.say)
         )
+        checkpoint = Weights.from_folder(source.folder)  # headers only: damage is said by us
         with _quiet(logging), _model_errors(source.name):
             network: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
@@ -154,7 +163,7 @@ class Model:
         network.eval()
         network.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
         multiply_fast(network)
-        names, aliases = _match_names(network, Weights.from_folder(source.folder), source.name)
+        names, aliases = _match_names(network, checkpoint, source.name)
         return cls(
             network, tokenizer, source, Anatomy.of(network), names, aliases, progress=progress
         )
@@ -587,9 +596,12 @@ def _model_errors(name: str) -> Iterator[None]:
     """What transformers says about a folder it cannot read, as one sentence for people."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        # A configuration may be anything, and so is what comes of it in there.
+        if isinstance(error, UnwriteError) or is_out_of_memory(error):
+            raise
         lines = str(error).strip().splitlines()
-        reason = lines[0][:300] if lines else type(error).__name__
+        reason = printable(lines[0][:300]) if lines else type(error).__name__
         raise ModelUnavailable(
             f"{name} cannot be loaded as a causal language model: {reason}"
         ) from error

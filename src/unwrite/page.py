@@ -19,7 +19,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from unwrite import files
+from unwrite import files, scratch
 from unwrite.errors import BadSetting
 from unwrite.formats import hidden
 from unwrite.where import percent
@@ -45,6 +45,7 @@ def write(page: str, path: Path, own: Path) -> Path:
     if fault:
         raise BadSetting(f"The report cannot be {path}: that {fault}. Name another .html file.")
     with files.speaking_of_disk("write the report"):
+        scratch.sweep_files(path.parent, path.name)
         files.write_atomically(path, page)
     return path
 

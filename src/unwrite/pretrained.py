@@ -272,7 +272,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _read_json_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ModelUnavailable(f"{path} is not a JSON object; copy or download the folder again.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime
 import getpass
 import json
+import math
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,21 @@ import torch
 from unwrite import scores as scoring
 from unwrite.delta import Delta
 from unwrite.edits import Edit, write_edits
-from unwrite.errors import BadSetting
+from unwrite.errors import BadSetting, DamagedFile
 from unwrite.files import sha256_bytes, sha256_file, write_json, write_jsonl
 from unwrite.ledger import Entry, Ledger
 from unwrite.scores import Row, Score, Scores
 from unwrite.where import is_measured
 
+_ID = re.compile(r"u-[0-9a-f]{8}")
+_FILE = re.compile(r"(?:delta/)?[a-z][a-z0-9-]*\.jsonl?")
+REQUIRED = {
+    *("edits.jsonl", "before.jsonl", "after.jsonl", "scores.json", "method.json"),
+    *("environment.json", "delta/delta.json"),
+}
+BASE_FACTS = ("name", "fingerprint", "sha256")
+DELTA_FACTS = ("tensors", "changed_fraction", "bytes")
+SCORE_FACTS = {one.name for one in fields(Score)}
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -210,6 +221,55 @@ def environment(command: str) -> dict[str, Any]:
         # A path on the command line may hold bytes that are no text.
         "command": (command or Path(sys.argv[0]).name).encode("utf-8", "backslashreplace").decode(),
     }
+
+
+def check_entry(entry: Entry, path: Path) -> None:
+    """Refuse (``DamagedFile``) a line of the ledger ``path`` that is none of the three above.
+
+    The hash chain says that a line is as it was written, not that a friend wrote it. Ids and names
+    of files are parts of paths, so none may lead out of the home.
+    """
+    try:
+        kind = entry["do"]
+        sound = all(isinstance(entry[key], str) for key in ("at", "by"))
+        if kind == "init":
+            sound &= all(isinstance(entry["base"][key], str) for key in BASE_FACTS)
+        else:
+            sound &= isinstance(entry["fingerprint"], str) and isinstance(entry["why"], str)
+        if kind == "apply":
+            sound &= (
+                _ID.fullmatch(entry["id"]) is not None
+                and isinstance(entry["method"]["name"], str)
+                and type(entry["edits"]) is int
+                and all(set(entry[key]) == {"before", "after"} for key in ("scores", "perplexity"))
+                and all(_is_number(value) for value in entry["perplexity"].values())
+                and all(_are_scores(entry["scores"][when]) for when in ("before", "after"))
+                and isinstance(entry["delta"]["encoding"], str)
+                and all(_is_number(entry["delta"][key]) for key in DELTA_FACTS)
+                and set(entry["files"]) >= REQUIRED
+                and all(_FILE.fullmatch(name) for name in entry["files"])
+                and all(isinstance(digest, str) for digest in entry["files"].values())
+            )
+    except (LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise DamagedFile(
+            f"{path}, line {entry.get('n', 0) + 1} is damaged: it is not what this program writes. "
+            "Put back the ledger from a copy of the home."
+        )
+
+
+def _are_scores(scores: Any) -> bool:
+    return isinstance(scores, dict) and all(
+        set(one) <= SCORE_FACTS
+        and {"token", "exact", "n"} <= set(one)
+        and all(value is None or _is_number(value) for value in one.values())
+        for one in scores.values()
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_text(text: str, name: str) -> None:

@@ -32,6 +32,7 @@ from unwrite.files import read_json, read_jsonl, write_json, write_jsonl
 from unwrite.methods.full_ft import FullFT
 from unwrite.observe import Question, has_chat_template, settle
 from unwrite.scores import Row, Scores
+from unwrite.scratch import remove_temporaries
 
 NAME, RIVALS, CHAT = "start.json", "rivals.jsonl", "chat.jsonl"
 _EXTRA = (RIVALS, CHAT)  # what only some protocols ask for
@@ -148,12 +149,6 @@ def check_plantable(edits: Sequence[Any], label: str) -> None:
             f"{label} cannot be planted: {len(without)} of {len(edits)} records have no 'old' "
             f"answer (the first: {without[0]}). Add the old answers, or leave out --plant."
         )
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove what the atomic writes of a killed process left. Only under the lock of the run."""
-    for stray in folder.glob(".?*.?*"):
-        stray.unlink()
 
 
 def _planted(

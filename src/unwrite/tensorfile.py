@@ -90,7 +90,8 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            descriptor = os.open(path, os.O_RDONLY)
+            # Without waiting: a pipe that nobody writes to would hold us for ever.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise DamagedFile(
                 f"{path} cannot be opened ({error.strerror}). Fetch or copy it again."

@@ -32,7 +32,7 @@ from unwrite.allocator import freed_memory_is_kept
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, BadSetting, TrainingFailed
+from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memory
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 from unwrite.progress import Measured
 
@@ -399,7 +399,9 @@ def _restore(model: Model, before: Mapping[str, torch.Tensor]) -> None:
 def _memory_errors(recipe: Recipe) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingFailed(
             "The memory of the device ran out while training; nothing was kept. "
             f"Use a smaller batch_size (now {recipe.batch_size}) or a method that trains fewer "

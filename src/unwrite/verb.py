@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 
 from unwrite.console import Terminal
-from unwrite.errors import BadSetting, UnwriteError
+from unwrite.errors import BadSetting, UnwriteError, is_out_of_memory
 from unwrite.files import speaking_of_disk
 
 COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
@@ -28,13 +30,31 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
         out.result({"error": str(error)})
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
+        _deafen()
         out.fail(f"Interrupted. {interrupted}")
         raise typer.Exit(130) from None
-    except MemoryError:
-        out.fail("The memory of this machine ran out; nothing was changed.")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = "The memory of this machine ran out; nothing was changed. Use a machine with more."
+        out.fail(said)
+        out.result({"error": said})
         raise typer.Exit(2) from None
     finally:
         out.close()
+
+
+def terminate(_signal: int, _frame: Any) -> None:
+    """What Ctrl-C and SIGTERM do to this command line: unwind, so that every clean-up runs."""
+    raise KeyboardInterrupt
+
+
+def _deafen() -> None:
+    """This process ends now, and a second Ctrl-C must not make a traceback of that. (In a program
+    that has other plans for signals, nothing is changed.)"""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is terminate:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def words(text: str) -> list[str]:

@@ -30,6 +30,7 @@ from unwrite.forgetting.examples import UpstreamExample, from_details
 from unwrite.forgetting.matrix import Array, ForgettingMatrix, is_matrix
 from unwrite.forgetting.measurement import measure, measure_right, settle
 from unwrite.model import Model
+from unwrite.scratch import remove_temporaries
 from unwrite.training import Pair
 
 BASE = "base.json"
@@ -81,12 +82,49 @@ def collect(
         if not pairs:
             raise BadSetting(f"The task {name!r} has nothing to learn from.")
     started = time.perf_counter()
-    matrix, base = _begun(path, model, examples, dict(settings or {}), quantity)
+    identity = {
+        "base": model.fingerprint,
+        "base_name": model.source.name,
+        "quantity": quantity,
+        "tuner": dict(settings or {}),
+        "examples": _digest(examples),
+    }
+    first = None if is_matrix(path) else _first(model, examples, identity, quantity)
     seconds["base"] = time.perf_counter() - started
-    kept = from_details(matrix.examples, matrix.example_details)
+    with speaking_of_disk(f"write {path}"):
+        path.mkdir(parents=True, exist_ok=True)
+        with only_writer(path):
+            remove_temporaries(path)
+            if first is not None and not is_matrix(path):  # nobody was faster meanwhile
+                matrix, values = first
+                numbers = dict(zip(matrix.examples, values.tolist(), strict=True))
+                write_json(path / BASE, {"quantity": quantity, "values": numbers})
+                matrix.save(path)
+            return _grown(path, model, tasks, tuner, identity, quantity, seconds)
+
+
+def _grown(
+    path: Path,
+    model: Model,
+    tasks: Mapping[str, Sequence[Pair]],
+    tuner: Tuner,
+    identity: Mapping[str, Any],
+    quantity: Quantity,
+    seconds: dict[str, float],
+) -> Collection:
+    """Learn and measure the tasks that the matrix in ``path`` lacks. Only under its lock."""
+    matrix = ForgettingMatrix.load(path)
+    for key, value in identity.items():
+        if matrix.provenance.get(key) != value and key != "base_name":
+            raise BadSetting(
+                f"The matrix in {path} was begun with another {key}. Use a new folder, or the "
+                "settings it was begun with."
+            )
     _check_unchanged(matrix, tasks)
+    base = base_numbers(path, matrix)
+    kept = from_details(matrix.examples, matrix.example_details)
     waiting = [name for name in tasks if name not in matrix.tasks]
-    with only_writer(path), model.progress.stage("collecting tasks", len(waiting)) as advance:
+    with model.progress.stage("collecting tasks", len(waiting)) as advance:
         for name in waiting:
             started = time.perf_counter()
             delta = tuner.delta(model, tasks[name])
@@ -110,6 +148,13 @@ def append_update(home: Any, update: str, folder: str | Path) -> ForgettingMatri
     matrix is of another base or has the update already, ``HomeError`` for an unknown update.
     """
     path = user_path(folder)
+    ForgettingMatrix.load(path)  # a folder without one is refused before anything is written
+    with speaking_of_disk(f"write {path}"), only_writer(path):
+        remove_temporaries(path)
+        return _with_update(home, update, path)
+
+
+def _with_update(home: Any, update: str, path: Path) -> ForgettingMatrix:
     matrix = ForgettingMatrix.load(path)
     of = matrix.provenance.get("base")
     if of != home.base.fingerprint:
@@ -152,30 +197,13 @@ def base_numbers(folder: str | Path, matrix: ForgettingMatrix) -> Array:
     return np.array([kept[name] for name in matrix.examples], dtype=np.float64)
 
 
-def _begun(
-    path: Path,
+def _first(
     model: Model,
     examples: Sequence[UpstreamExample],
-    settings: dict[str, Any],
+    identity: dict[str, Any],
     quantity: Quantity,
 ) -> tuple[ForgettingMatrix, Array]:
-    """The matrix in ``path`` and the base's numbers; made if there is none."""
-    identity = {
-        "base": model.fingerprint,
-        "base_name": model.source.name,
-        "quantity": quantity,
-        "tuner": settings,
-        "examples": _digest(examples),
-    }
-    if is_matrix(path):
-        matrix = ForgettingMatrix.load(path)
-        for key, value in identity.items():
-            if matrix.provenance.get(key) != value and key != "base_name":
-                raise BadSetting(
-                    f"The matrix in {path} was begun with another {key}. Use a new folder, or the "
-                    "settings it was begun with."
-                )
-        return matrix, base_numbers(path, matrix)
+    """A matrix without tasks, and what the base gives for its examples. Writes nothing."""
     settled = settle(model, examples)
     values = _measured(model, settled, quantity)
     useful = np.isfinite(values) if quantity == "log-perplexity" else values == 1
@@ -186,17 +214,11 @@ def _begun(
             + (" rightly. " if quantity == "exact-match" else " with a number. ")
             + "Use other examples."
         )
-    names = [one.name for one in kept]
     matrix = ForgettingMatrix.empty(
-        names,
+        [one.name for one in kept],
         identity | {"left_out": len(settled) - len(kept)},
         {one.name: one.details() for one in kept},
     )
-    with speaking_of_disk(f"write {path}"):
-        path.mkdir(parents=True, exist_ok=True)
-        numbers = dict(zip(names, values[useful].tolist(), strict=True))
-        write_json(path / BASE, {"quantity": quantity, "values": numbers})
-    matrix.save(path)
     return matrix, values[useful]
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import io
 import json
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from unwrite.files import read_jsonl, speaking_of_disk, user_path, write_atomica
 Array = npt.NDArray[np.float64]
 Details = Mapping[str, Mapping[str, Any]]
 NAME, TASKS, EXAMPLES = "matrix.npz", "tasks.jsonl", "examples.jsonl"
+LARGEST = 1 << 34  # bytes unpacked; a matrix of a thousand million entries takes half of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +189,7 @@ class ForgettingMatrix:
             raise BadSetting(
                 f"{path} holds no forgetting matrix. Make one with: unwrite forgetting collect."
             )
-        try:
-            with np.load(io.BytesIO((path / NAME).read_bytes()), allow_pickle=False) as file:
-                values, provenance = file["values"], json.loads(str(file["provenance"]))
-                tasks, examples = json.loads(str(file["tasks"])), json.loads(str(file["examples"]))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
-            raise DamagedFile(
-                f"{path / NAME} is damaged: it is not a forgetting matrix. Put back a copy of it."
-            ) from None
+        values, tasks, examples, provenance = _unpacked(path / NAME)
         return cls(
             values,
             tuple(tasks),
@@ -221,6 +214,42 @@ class ForgettingMatrix:
         return buffer.getvalue()
 
 
+def _unpacked(path: Path) -> tuple[Array, list[str], list[str], dict[str, Any]]:
+    """What ``_packed`` packed. The check sums are compared before anything is made of the data,
+    and no more is unpacked than a matrix could be. Raises ``DamagedFile``."""
+    damaged = DamagedFile(f"{path} is damaged: it is not a forgetting matrix. Put back a copy.")
+    data = path.read_bytes()
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as packed:
+            if sum(part.file_size for part in packed.infolist()) > LARGEST:
+                raise damaged
+            if packed.testzip() is not None:
+                raise damaged
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            values, provenance = file["values"], json.loads(str(file["provenance"]))
+            tasks, examples = json.loads(str(file["tasks"])), json.loads(str(file["examples"]))
+    except DamagedFile:
+        raise
+    except Exception:  # noqa: BLE001 -- zipfile, zlib and numpy have many ways to say it
+        raise damaged from None
+    if (
+        not (_are_labels(tasks) and _are_labels(examples))
+        or not isinstance(provenance, dict)
+        or not isinstance(values, np.ndarray)
+        or values.dtype not in (np.float32, np.float64)
+        or values.shape != (len(tasks), len(examples))
+        or np.isinf(values).any()
+    ):
+        raise damaged
+    return values, tasks, examples, provenance
+
+
+def _are_labels(value: Any) -> bool:
+    """Whether it is a list of texts, each of them once."""
+    texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return texts and len(set(value)) == len(value)
+
+
 def is_matrix(folder: str | Path) -> bool:
     """Whether ``folder`` holds a forgetting matrix."""
     return (user_path(folder) / NAME).is_file()
@@ -236,7 +265,12 @@ def _rows(kind: str, labels: Sequence[str], details: Details) -> list[dict[str, 
 
 def _read_details(path: Path, kind: str, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     rows = read_jsonl(path)
-    found = {row.pop(kind): row for row in rows if isinstance(row, dict) and kind in row}
+    known = set(labels)
+    found = {
+        row.pop(kind): row
+        for row in rows
+        if isinstance(row, dict) and isinstance(row.get(kind), str) and row[kind] in known
+    }
     missing = [label for label in labels if label not in found]
     if missing:
         raise DamagedFile(

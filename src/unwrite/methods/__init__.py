@@ -105,6 +105,29 @@ def settings_of(method: Any) -> dict[str, Any]:
     return {"name": getattr(method, "name", type(method).__name__), **fields}
 
 
+def restored(settings: Mapping[str, Any]) -> Method:
+    """The method of which ``settings_of`` gave these settings.
+
+    Fields that it did not have then get their defaults. Raises ``BadSetting`` for a method that is
+    not installed, or fields that it no longer has.
+    """
+    given = {key: value for key, value in settings.items() if key != "name"}
+    name = str(settings.get("name"))
+    cls = method_class(name)
+    if gone := sorted(set(given) - {field.name for field in dataclasses.fields(cls)}):
+        raise BadSetting(f"The method {name} has no field {gone[0]!r} in this version.")
+    try:
+        return typing.cast("Method", cls(**{key: _restored(one) for key, one in given.items()}))
+    except TypeError as error:
+        raise BadSetting(f"{name} cannot be made from its old settings: {error}") from None
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict) and "name" in value:
+        return restored(value)
+    return tuple(map(_restored, value)) if isinstance(value, list) else value
+
+
 def replaced(method: Any, field: str, value: Any) -> tuple[Any, int]:
     """``method`` with ``field`` set wherever it or a method inside it has that field, and how many
     places that were."""
