@@ -13,10 +13,12 @@ from statistics import harmonic_mean, mean
 from typing import Any
 
 from benchmarks.measure import committed
+from benchmarks.scale_tables import blocks
 
 ROOT = Path(__file__).parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results.md"
+SCALE = ROOT / "docs" / "scale.md"
 
 
 def main() -> None:
@@ -32,6 +34,7 @@ def pages() -> dict[Path, str]:
         README: {"speed": [*head, *rows()]},
         PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows()]},
         RESULTS: {"development": development(), "locate": locate()},
+        SCALE: blocks(),
     }
     return {path: _filled(path.read_text("utf-8"), blocks) for path, blocks in tables.items()}
 

@@ -50,6 +50,10 @@ class TrainingFailed(UnwriteError):
     """Training stopped by itself (not-a-number loss, out of memory); nothing was kept."""
 
 
+class ProcessFailed(TrainingFailed):
+    """One of several processes that train together failed or was lost; the command cannot go on."""
+
+
 class RequirementNotMet(UnwriteError):
     """The update was trained and measured, missed a requirement, and was not committed.
 

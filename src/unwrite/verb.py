@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +12,22 @@ from unwrite.console import Terminal
 from unwrite.errors import BadSetting, UnwriteError
 from unwrite.files import speaking_of_disk
 
+if TYPE_CHECKING:
+    from unwrite.executors import Executor
+
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Where to compute: local, or ray; ray:cpus=4:gpus=1:workers=8 says what a worker "
+        "needs and how many there may be.",
+        metavar="local|ray[:KEY=VALUE...]",
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help="The Ray cluster (default: this machine alone)."),
+]
 COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
 RESUMABLE = "What is finished is kept; the same command goes on from there."
 
@@ -32,6 +49,25 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
     except MemoryError:
         out.fail("The memory of this machine ran out; nothing was changed.")
         raise typer.Exit(2) from None
+
+
+def executor(text: str, address: str | None) -> Executor | None:
+    """The executor that the options name; None computes here. Raises ``BadSetting``."""
+    name, *settings = text.split(":")
+    if name == "local":
+        if address is not None or settings:
+            raise BadSetting("--address and settings of workers belong to --executor ray.")
+        return None
+    if name != "ray":
+        raise BadSetting(f"There is no executor {name!r}. Executors: local, ray.")
+    from unwrite.executors import RayExecutor
+    from unwrite.methods import build_fields
+
+    given = pairs(settings, "--executor")
+    if address is not None:
+        given["address"] = address
+    found: Executor = build_fields(RayExecutor, given)
+    return found
 
 
 def words(text: str) -> list[str]:
