@@ -14,10 +14,12 @@ from typing import Any
 
 from benchmarks import paper_blocks
 from benchmarks.measure import committed
+from benchmarks.scale_tables import blocks
 
 ROOT = Path(__file__).parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results.md"
+SCALE = ROOT / "docs" / "scale.md"
 
 
 def main() -> None:
@@ -38,6 +40,7 @@ def pages() -> dict[Path, str]:
             "study": study(),
             **paper_blocks.blocks(),
         },
+        SCALE: blocks(),
     }
     return {path: _filled(path.read_text("utf-8"), blocks) for path, blocks in tables.items()}
 

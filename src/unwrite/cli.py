@@ -31,6 +31,8 @@ from unwrite.console import (
 from unwrite.errors import BadSetting, DamagedFile, NotReproduced, RequirementNotMet
 from unwrite.files import readable_size, user_path
 from unwrite.verb import RESUMABLE as _RESUMABLE
+from unwrite.verb import AddressOption, ExecutorOption
+from unwrite.verb import executor as _executor
 from unwrite.verb import pairs as _pairs
 from unwrite.verb import terminate as _terminate
 from unwrite.verb import verb as _verb
@@ -493,6 +495,8 @@ def compare(
     lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """Methods side by side on the same facts; goes on where it was interrupted.
@@ -521,6 +525,7 @@ def compare(
             lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
+            executor=_executor(executor, address),
             progress=out,
         )
         _show_comparison(out, found)
@@ -555,6 +560,8 @@ def sweep(
     lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """One method over all combinations of some settings: trade-offs, with the Pareto front."""
@@ -581,6 +588,7 @@ def sweep(
             lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
+            executor=_executor(executor, address),
             progress=out,
         )
         _show_comparison(out, found)
@@ -711,18 +719,45 @@ def trace(
 def doctor(
     base: Annotated[str | None, typer.Argument(help="A model to plan for.", metavar="BASE")] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How it will be launched: processes=8, sharded=true, offloaded=true, "
+            "recomputed=true, device=cuda, per_machine=8. May be repeated.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GB of memory of the device it is planned for (default: of this one)."),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Versions, devices, memory and disk; with a model, what an update of it needs."""
+    """Versions, devices, memory and disk; with a model, what an update of it needs.
+
+    For that the configuration of the model is enough: no weights are fetched or read.
+    """
     with _verb(as_json) as out:
         from unwrite import methods as known
         from unwrite import plan
+        from unwrite.footprint import Layout
 
-        chosen = known.build(method or known.DEFAULT, {})
+        chosen = known.build(method or known.DEFAULT, _pairs(settings or []))
+        launched = _pairs(layout or [], "--layout")
         needs = None
         if base is not None:
-            needs = plan.for_model(base, chosen, trust_remote_code=trust_remote_code, progress=out)
+            needs = plan.for_model(
+                base,
+                chosen,
+                layout=known.build_fields(Layout, launched) if launched else None,
+                memory=None if memory is None else int(memory * 1e9),
+                trust_remote_code=trust_remote_code,
+                progress=out,
+            )
         machine = plan.machine()
         out.table("This machine", ("what", "value"), list(machine.items()))
         if needs is not None:
@@ -731,11 +766,21 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs."""
+    """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs.
+
+    Under ``accelerate launch`` the first process runs the command, and the others follow it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, _terminate)
-    app()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        # What torch's store has to say of connections is not for people; failures are told below.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from unwrite import processes
+
+        processes.run(app)
+    else:
+        app()
 
 
 # ---- shared by the verbs ---------------------------------------------------------------------

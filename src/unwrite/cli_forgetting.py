@@ -15,7 +15,8 @@ import typer
 from unwrite.console import LOG, Terminal
 from unwrite.errors import BadEdits, BadSetting
 from unwrite.files import user_path, write_jsonl
-from unwrite.verb import RESUMABLE, pairs, verb, words
+from unwrite.verb import RESUMABLE, AddressOption, ExecutorOption, pairs, verb, words
+from unwrite.verb import executor as chosen_executor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,6 +95,8 @@ def collect(
         str | None, typer.Option(help="Which update of --home.", metavar="ID")
     ] = None,
     trust_remote_code: Trust = False,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """Learn each task from the base and measure what every example lost; goes on where it was.
@@ -130,6 +133,7 @@ def collect(
                 folder,
                 settings=methods.settings_of(tuner),
                 quantity="exact-match" if exact else "log-perplexity",
+                executor=chosen_executor(executor, address),
             )
             matrix, learned, seconds = done.matrix, list(done.learned), dict(done.seconds)
         out.say(
