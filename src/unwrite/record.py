@@ -25,6 +25,7 @@ from unwrite.ledger import Entry, Ledger
 from unwrite.scores import Row, Score, Scores
 from unwrite.where import is_measured
 
+PROTECTION = "protection.json"  # forecast and truth of protected prompts
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -46,6 +47,7 @@ class Update:
     folder: Path
     unmet: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)  # what the method says about its delta
+    protection: dict[str, Any] | None = None  # forecast and truth of protected prompts
 
     @property
     def scores(self) -> Scores:
@@ -80,7 +82,12 @@ class Update:
             "fingerprint": self.fingerprint,
             "unmet": list(self.unmet),
             "notes": self.notes,
+            **({} if self.protection is None else {"protection": self._protection_in_short()}),
         }
+
+    def _protection_in_short(self) -> dict[str, Any]:
+        """Forecast and truth without the prompts, which protection.json lists one by one."""
+        return {key: value for key, value in (self.protection or {}).items() if key != "prompts"}
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ def write_files(
     write_json(folder / "where.json", where)
     write_json(folder / "method.json", update.method)
     write_json(folder / "environment.json", environment(command))
-    names = (
+    names = [
         "edits.jsonl",
         "before.jsonl",
         "after.jsonl",
@@ -162,7 +169,10 @@ def write_files(
         "method.json",
         "environment.json",
         "delta/delta.json",
-    )
+    ]
+    if update.protection is not None:
+        write_json(folder / PROTECTION, update.protection)
+        names.append(PROTECTION)
     return {name: sha256_file(folder / name) for name in names}
 
 
