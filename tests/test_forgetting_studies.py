@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 import unwrite
-from benchmarks import forgetting_prediction, forgetting_replay, forgetting_sequence
+from benchmarks import forgetting_prediction, forgetting_replay, forgetting_sequence, protection
 from unwrite.forgetting import ForgettingMatrix, UpstreamExample, measure
 from unwrite.forgetting.similarity import Features, Similarity
 from unwrite.model import Model
+from unwrite.prompts import Protected
 from unwrite.testing import toy_edits
 from unwrite.training import Pair
 
@@ -161,3 +162,21 @@ def test_forecasts_of_a_sequence_know_only_what_came_before(watched):
     assert ahead[0] == ahead[1]
     everything = forgetting_sequence.forecasts(matrix, None, 0)
     assert everything["additive"]["n"] == 5 * 40
+
+
+def test_protection_is_measured_with_and_without(model, tmp_path):
+    edits = toy_edits()
+    method = unwrite.FullFT(lr=2e-3, epochs=3, until="epochs")
+    asked = [Protected(edit.prompt, n % 4 == 0) for n, edit in enumerate(edits[18:])]
+    updates = [edits[n : n + 2] for n in (0, 10, 14, 16)]
+    protection.run(model, updates[:2], asked, method, tmp_path)
+    rows = protection.run(model, updates, asked, method, tmp_path)
+    assert [row["by"] for row in rows] == ["mean of the observed"] * 3 + ["factorization"]
+    result = protection.summary(rows)
+    assert result["asked"] == {"held_out": 12, "others": 36}
+    for row in rows:
+        free = [one for one in row["record"]["prompts"] if one["held_out"]]
+        changed = sum(one["lost"] > one["margin"] for one in free)
+        assert changed == row["changed"]["none"]["held_out"]
+    assert result["changed"]["all"]["others"] <= result["changed"]["none"]["others"]
+    json.dumps(result, allow_nan=False)
