@@ -121,7 +121,7 @@ def _row(outlook: Outlook, lost: dict[str, Any]) -> dict[str, Any]:
             for name, found in changed.items()
         },
         "held_out": int(free.sum()),
-        "growth": outlook.growth[0],
+        "growth": outlook.growth._asdict(),
         "brier": float(((outlook.chances - truth) ** 2).mean()),
         "brier_of_rate": rate * (1 - rate),
         "average_precision": average_precision(truth, outlook.chances),

@@ -19,7 +19,15 @@ from unwrite.home_report import render
 from unwrite.methods.probes import Answers, run_paired
 from unwrite.model import Model
 from unwrite.prompts import Protected
-from unwrite.protection import History, Watched, forecast, look_ahead, probe_of, worth_observing
+from unwrite.protection import (
+    Growth,
+    History,
+    Watched,
+    forecast,
+    look_ahead,
+    probe_of,
+    worth_observing,
+)
 from unwrite.training import Pair
 
 FAST = unwrite.FullFT(lr=2e-3, epochs=6, until="epochs")
@@ -102,7 +110,7 @@ def test_prompts_without_a_firm_answer_are_not_forecast(model, monkeypatch):
     assert [one.prompt for one in watched.prompts] == ["ada works as a"]
     assert [one.prompt for one in watched.unknown] == ["cleo works as a"]
     monkeypatch.setattr(protection, "measure_margins", real)
-    found = forecast(watched, np.array([0.0]), (1.0, 0.0))
+    found = forecast(watched, np.array([0.0]), Growth(1.0, 0.0, None))
     assert found.endangered == ("cleo works as a",)
     assert "Nothing can be forecast of 1 protected prompt," in " ".join(found.sentences())
 
@@ -127,7 +135,7 @@ def test_a_past_of_low_rank_is_completed_and_no_cell_that_is_not_observed_is_rea
     assert len(set(at)) == protection.OBSERVED
     seen = np.full(60, np.nan)
     seen[at] = values[20, at] / 2
-    assert history.growth(FAST) == pytest.approx((2.0, 0.0))
+    assert history.growth(FAST) == pytest.approx((2.0, 0.0, 0.0))
     found = forecast(watched, seen, history.growth(FAST), past)
     again = forecast(watched, seen, trap.growth(FAST), trap.about(watched))
     np.testing.assert_array_equal(found.prediction.values, again.prediction.values)
@@ -148,7 +156,7 @@ def test_with_too_little_past_the_simple_model_is_used_and_said():
     assert at[0] == 0 and at[-1] == 49 and len(at) == 30
     seen = np.full(50, np.nan)
     seen[at] = 1.0
-    found = forecast(watched, seen, (3.0, 0.0))
+    found = forecast(watched, seen, Growth(3.0, 0.0, None))
     assert np.isnan(found.seen).sum() == 20
     np.testing.assert_allclose(found.prediction.values, 3.0)
     assert "past says too little" in found.sentences()[1]
@@ -177,10 +185,12 @@ def replace_examples(watched, at):
 def test_growth_is_what_past_updates_of_the_method_had():
     watched = made_up(np.ones(8))
     unknown = History.of([]).growth(FAST)
-    assert unknown == (6.0, 3.0)  # six epochs planned, one probed; half of that unsure
-    assert past_of(watched, np.ones((1, 8)), growth=5).growth(FAST) == pytest.approx((5.0, 2.5))
+    assert unknown == (6.0, 3.0, None)  # six epochs planned, one probed; half of that unsure
+    assert past_of(watched, np.ones((1, 8)), growth=5).growth(FAST) == pytest.approx(
+        (5.0, 2.5, 0.0)
+    )
     three = past_of(watched, np.ones((3, 8)), growth=5).growth(FAST)
-    assert three == pytest.approx((5.0, 0.0))
+    assert three == pytest.approx((5.0, 0.0, 0.0))
     assert past_of(watched, np.ones((3, 8)), growth=5, method="lora").growth(FAST) == unknown
     everything = {(row, column) for row in range(3) for column in range(8)}
     assert past_of(watched, np.ones((3, 8)), everything).growth(FAST) == unknown

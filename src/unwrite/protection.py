@@ -24,7 +24,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,14 +94,22 @@ class Watched:
         return row
 
 
+class Growth(NamedTuple):
+    """From losses on a probe to those in the end: ``times`` as much, give or take ``std`` for all
+    prompts together and ``scatter`` (loss of margin) for each by itself; None if unknown."""
+
+    times: float
+    std: float
+    scatter: float | None
+
+
 @dataclass(frozen=True, eq=False)
 class History:
     """What past updates did to prompts that they did not protect. ``matrix``: updates x prompts,
-    loss of margin; ``growths``: by method, how many times larger the loss was in the end than on
-    the probe, one number an update."""
+    loss of margin; ``growths``: by method, times and scatter of every update."""
 
     matrix: ForgettingMatrix
-    growths: Mapping[str, Sequence[float]]
+    growths: Mapping[str, Sequence[tuple[float, float]]]
 
     @classmethod
     def of(
@@ -114,7 +122,7 @@ class History:
         rows: dict[str, dict[str, float]] = {}
         details: dict[str, Mapping[str, Any]] = {}
         examples: dict[str, dict[str, Any]] = {}
-        growths: dict[str, list[float]] = {}
+        growths: dict[str, list[tuple[float, float]]] = {}
         for update, facts, record in updates:
             free = [one for one in record["prompts"] if not one["protected"]]
             rows[update] = {one["example"]: one["lost"] for one in free}
@@ -152,31 +160,31 @@ class History:
         tasks = tuple(self.matrix.tasks[row] for row in rows)
         return ForgettingMatrix(values[rows], tasks, tuple(map(str, range(len(columns)))))
 
-    def growth(self, method: Any) -> tuple[float, float]:
-        """How much more the whole update will take than the probe, and how unsure that is: as past
-        updates by this method had it, or in proportion to the epochs."""
-        met = self.growths.get(str(settings_of(method)["name"]), ())
-        if not met or not np.mean(met) > 0:
+    def growth(self, method: Any) -> Growth:
+        """How much more the whole update will take than the probe: as past updates by this method
+        had it, or in proportion to the epochs."""
+        met = np.array(self.growths.get(str(settings_of(method)["name"]), ())).reshape(-1, 2)
+        if not len(met) or not met[:, 0].mean() > 0:
             ratio = _length(method) / _length(probe_of(method))
-            return ratio, UNSURE * ratio
-        mean = float(np.mean(met))
-        spread = float(np.std(met, ddof=1)) if len(met) >= PAST else UNSURE * mean
-        return mean, spread
+            return Growth(ratio, UNSURE * ratio, None)
+        mean = float(met[:, 0].mean())
+        spread = float(met[:, 0].std(ddof=1)) if len(met) >= PAST else UNSURE * mean
+        return Growth(mean, spread, float(np.sqrt((met[:, 1] ** 2).mean())))
 
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
     """What the planned update would do to ``watched`` without protection.
 
-    ``seen``: (examples,) losses observed on the probe, NaN where nobody looked. ``growth``: what
-    they were multiplied by, and its standard deviation. ``prediction``: the losses of the whole
-    update. ``by``: the model it was made by; ``past``: how many past updates that model knows.
+    ``seen``: (examples,) losses observed on the probe, NaN where nobody looked. ``growth``: how
+    they were carried on to the end. ``prediction``: the losses of the whole update. ``by``: the
+    model it was made by; ``past``: how many past updates that model knows.
     ``meant``: how many prompts were left out, because the update is to change their answers.
     """
 
     watched: Watched
     seen: Array
-    growth: tuple[float, float]
+    growth: Growth
     prediction: Prediction
     by: str
     past: int
@@ -267,8 +275,7 @@ class Outlook:
                 "by": self.by,
                 "past_updates": self.past,
                 "observed": int((~np.isnan(self.seen)).sum()),
-                "growth": self.growth[0],
-                "growth_std": self.growth[1],
+                "growth": self.growth._asdict(),
                 "sentences": self.sentences(),
             },
             "protected": list(self.endangered),
@@ -342,21 +349,24 @@ def worth_observing(watched: Watched, past: ForgettingMatrix | None) -> list[int
 def forecast(
     watched: Watched,
     seen: Array,
-    growth: tuple[float, float],
+    growth: Growth,
     past: ForgettingMatrix | None = None,
 ) -> Outlook:
     """The losses of all prompts from those ``seen`` on the probe, (examples,), NaN where nobody
     looked, and from the past (updates x these prompts), where there is enough of it."""
-    grown = growth[0] * seen
+    grown = growth.times * seen
     told = _mean_of_observed(grown) if past is None else Factorization().fit(past).predict(grown)
     # What was observed is not forecast, and a growth that is off is off for all prompts.
     values = np.where(np.isnan(grown), told.values, grown)
-    shared = np.hstack([told.shared, (growth[1] / growth[0] * values)[:, None]])
+    noise = told.noise
+    if growth.scatter is not None:
+        noise = np.where(np.isnan(grown), noise, growth.scatter)
+    shared = np.hstack([told.shared, (growth.std / growth.times * values)[:, None]])
     return Outlook(
         watched,
         seen,
         growth,
-        Prediction(values, told.noise, shared),
+        Prediction(values, noise, shared),
         SIMPLE if past is None else COMPLETION,
         0 if past is None else len(past.tasks),
     )
@@ -395,16 +405,20 @@ def _mean_of_observed(grown: Array) -> Prediction:
     if not len(known):
         return Prediction(np.zeros(size), np.zeros(size), np.zeros((size, 1)))
     spread = float(known.std(ddof=1)) if len(known) > 1 else UNSURE * abs(float(known[0]))
-    noise = np.where(np.isnan(grown), spread, UNSURE * np.abs(grown))
     unsure = np.where(np.isnan(grown), spread / math.sqrt(len(known)), 0.0)
-    return Prediction(np.full(size, known.mean()), noise, unsure[:, None])
+    return Prediction(np.full(size, known.mean()), np.full(size, spread), unsure[:, None])
 
 
-def _growth_met(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Least-squares ratio of final to probed losses, through the origin; None without any."""
+def _growth_met(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
+    """Least-squares ratio of final to probed losses, through the origin, and the root mean square
+    of what it leaves over; None without any."""
     pairs = [(one["observed"], one["lost"]) for one in rows if one["observed"] is not None]
-    square = sum(probed**2 for probed, _ in pairs)
-    return sum(probed * final for probed, final in pairs) / square if square > 0 else None
+    probed, final = np.array(pairs, dtype=np.float64).reshape(-1, 2).T
+    square = float((probed**2).sum())
+    if not square > 0:
+        return None
+    times = float((probed * final).sum()) / square
+    return times, float(np.sqrt(((final - times * probed) ** 2).mean()))
 
 
 def _length(method: Any) -> float:
