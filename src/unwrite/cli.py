@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +41,8 @@ from unwrite.verb import words as _words
 if TYPE_CHECKING:
     from unwrite.edits import Edits
     from unwrite.home import Home
+    from unwrite.prompts import Protected
+    from unwrite.protection import Outlook
 
 app = typer.Typer(
     help="Change what a language model knows. Every update is planned, trained, verified, and then "
@@ -145,11 +147,20 @@ def update(
     ] = None,
     protect: Annotated[
         Path | None,
-        typer.Option(help="Prompts that must go on being answered as now, one a line or JSONL."),
+        typer.Option(
+            help="Prompts that must go on being answered as now, one a line or JSONL: the damage "
+            "is forecast, and the endangered ones are protected.",
+            metavar="FILE",
+        ),
     ] = None,
     why: Why = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate time, memory and disk; change nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Estimate time, memory and disk, and with --protect what would be forgotten; "
+            "change nothing.",
+        ),
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -157,15 +168,23 @@ def update(
     """Teach the model new answers: plan, train, verify, then commit or leave the home untouched."""
     with _verb(as_json) as out:
         from unwrite import methods
-        from unwrite.prompts import read_prompts
+        from unwrite.prompts import read_protected
         from unwrite.requirements import parse
 
         chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
         parse(require or [])
-        protected = read_prompts(protect) if protect is not None else ()
+        protected = read_protected(protect) if protect is not None else ()
         facts = _read(edits, limit, offset, out)  # before a home is made: bad edits leave nothing
         if dry_run:
-            _plan(home, base, facts, chosen, trust_remote_code, out)
+            needs = _plan(home, base, facts, chosen, trust_remote_code, out)
+            if protected:
+                outlook = _outlook(
+                    home, base, facts, chosen, protected, seed, trust_remote_code, out
+                )
+                for sentence in outlook.sentences():
+                    out.say(sentence)
+                needs["protection"] = outlook.as_json()
+            out.result({"dry_run": True, "committed": False, **needs})
             return
         opened = _open(home, base, trust_remote_code, out)
         if only_known:
@@ -190,6 +209,7 @@ def update(
             raise
         _show_scores(out, f"{done.edits} edits by {done.method['name']}", done.before, done.after)
         _say_notes(out, done.notes)
+        _say_protection(out, done.protection)
         _say_update(out, home, done)
         out.result(done.as_json())
 
@@ -272,6 +292,7 @@ def show(home: HomeArgument, update_id: IdArgument, as_json: Json = False) -> No
             f"{readable_size(facts['delta']['bytes'])}."
         )
         _say_notes(out, facts["notes"])
+        _say_protection(out, facts.get("protection"), listed=20)
         from unwrite.scores import from_json
 
         _show_scores(
@@ -600,12 +621,15 @@ app.command()(finetune)
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a home or of a comparison.", metavar="RUN_OR_HOME")
+        Path,
+        typer.Argument(
+            help="Folder of a home, a comparison or a forgetting matrix.", metavar="FOLDER"
+        ),
     ],
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a home or a comparison (default: in its folder)."""
+    """Write one self-contained HTML page about a home, a comparison or a forgetting matrix."""
     with _verb(as_json) as out:
         from unwrite import reporting
 
@@ -858,7 +882,7 @@ def _command() -> str:
 
 def _plan(
     home: Path, base: str | None, facts: Edits, method: Any, trust_remote_code: bool, out: Terminal
-) -> None:
+) -> dict[str, Any]:
     from unwrite import plan
     from unwrite.home import is_home
 
@@ -871,7 +895,32 @@ def _plan(
         name, method, facts, folder=home, trust_remote_code=trust_remote_code, progress=out
     )
     _show_plan(out, needs)
-    out.result({"dry_run": True, "committed": False, **needs.as_json()})
+    return needs.as_json()
+
+
+def _outlook(
+    home: Path,
+    base: str | None,
+    facts: Edits,
+    method: Any,
+    protected: Sequence[Protected],
+    seed: int | None,
+    trust_remote_code: bool,
+    out: Terminal,
+) -> Outlook:
+    """The forecast of a home, or of a model that is to become one."""
+    from unwrite.home import is_home
+
+    if is_home(home):
+        opened = _open(home, base, trust_remote_code, out)
+        return opened.forecast(facts, method, protect=protected, seed=seed)
+    from unwrite import api, methods
+    from unwrite.protection import look_ahead
+
+    if seed is not None:
+        method, _ = methods.replaced(method, "seed", seed)
+    model = api.load(str(base), trust_remote_code=trust_remote_code, progress=out)
+    return look_ahead(model, facts, method, protected)
 
 
 def _show_plan(out: Terminal, needs: Any) -> None:
@@ -898,6 +947,34 @@ def _say_update(out: Terminal, home: Path, done: Any) -> None:
 def _say_notes(out: Terminal, notes: dict[str, Any]) -> None:
     for sentence in notes.get("sentences", []):
         out.say(sentence)
+
+
+def _say_protection(out: Terminal, found: dict[str, Any] | None, listed: int = 0) -> None:
+    """Forecast and truth of protected prompts: in sentences, and the first so many one by one."""
+    if found is None:
+        return
+    for sentence in [*found["forecast"]["sentences"], found["truth"]["sentence"]]:
+        out.say(sentence)
+    if listed and found["prompts"]:
+        out.table(
+            "Protected prompts: forecast without protection, and the truth (changed above margin)",
+            ("prompt", "answer before", "", "", "margin", "forecast", "std", "chance, %", "lost"),
+            [
+                [
+                    row["prompt"],
+                    row["answer"].strip(),
+                    "protected" if row["protected"] else "",
+                    "changed" if row["changed"] else "",
+                    f"{row['margin']:.2f}",
+                    f"{row['expected']:.2f}",
+                    f"{row['std']:.2f}",
+                    f"{100 * row['chance']:.0f}",
+                    f"{row['lost']:.2f}",
+                ]
+                for row in found["prompts"][:listed]
+            ],
+            numbers=5,
+        )
 
 
 def _history_row(entry: dict[str, Any]) -> list[str]:

@@ -138,6 +138,16 @@ class Gradients:
             third[example] += change.sum()
         return first, second, third
 
+    def sketches(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``left^T G right`` of every example, (batch, k, l), for a gradient ``G`` (p, q) that is
+        made of products and dense parts, without forming it from products."""
+        found = left.new_zeros((self.size, left.shape[1], right.shape[1]))
+        for use in self.outer:
+            found += (use.left @ left).mT @ (use.right @ right)
+        if self.dense is not None:
+            found += left.t() @ self.dense @ right
+        return found
+
     def first_products(self, linear: torch.Tensor) -> torch.Tensor:
         """``<linear, g>`` for every example, (batch,) in fp64, without forming any gradient.
 
