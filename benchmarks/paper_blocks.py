@@ -110,7 +110,7 @@ def table_1(content: dict[str, Any]) -> Lines:
         f"and here ({content['base']}, {len(seeds)} seed(s); intervals are bootstraps over edits). "
         "Old recall is how much of the old answer is still given. Levels are not comparable "
         "between models of 7 and 0.1 billion parameters; the order of the rows is. "
-        f"All of it took {content['hours']:.1f} hours.",
+        f"The rows took {content['hours']:.1f} hours, planting not counted.",
     ]
     for kind, rows in content["tables"].items():
         head = ("method", "LLaMA2-7B, published", "LLaMA-7B, published", *OURS)

