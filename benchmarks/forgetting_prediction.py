@@ -77,6 +77,8 @@ def run(
         "rank_profile": matrix.rank_profile(),
     }
     for name, parts in splits.items():
+        if not all(new and past for new, past in parts):
+            continue  # a matrix still being collected
         found[name] = table(matrix, parts, models, seeds)
         chosen = {"factorization, chosen": MODELS["factorization"]}
         found[name] |= table(matrix, parts, chosen, 1, choose="d-optimal")
@@ -109,7 +111,7 @@ def table(
 def _folds(bank: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     order = np.random.default_rng(0).permutation(bank)
     parts = [part.tolist() for part in np.array_split(order, FOLDS) if len(part)]
-    return [(part, [task for task in bank if task not in part]) for part in parts]
+    return [(part, [task for task in bank if task not in part]) for part in parts] or [([], [])]
 
 
 def _revealed(matrix: ForgettingMatrix) -> int:

@@ -13,6 +13,7 @@ from statistics import harmonic_mean, mean
 from typing import Any
 
 from benchmarks import paper_blocks
+from benchmarks.measure import RESULTS as MEASURED
 from benchmarks.measure import committed
 from benchmarks.scale_tables import blocks
 
@@ -21,6 +22,15 @@ README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results.md"
 SCALE = ROOT / "docs" / "scale.md"
 TRUST = ROOT / "docs" / "trust.md"
+
+
+MISSING = ["*Not measured yet.*"]
+TITLES = {"rmse": "RMSE", "f1": "F1", "pr_auc": "PR-AUC", "lift": "lift at 5 %"}
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """A committed result, or None where nobody has run it."""
+    return committed(name) if (MEASURED / f"{name}.json").is_file() else None
 
 
 def main() -> None:
@@ -39,6 +49,10 @@ def pages() -> dict[Path, str]:
             "development": development(),
             "locate": locate(),
             "study": study(),
+            "forecasts": forecasts(),
+            "replay": replay(),
+            "sequence": sequence(),
+            "protection": protection(),
             **paper_blocks.blocks(),
         },
         SCALE: blocks(),
@@ -138,6 +152,91 @@ def locate() -> list[str]:
     return found
 
 
+def forecasts() -> list[str]:
+    """Forecasts of what new tasks destroy, in and out of domain, the best in domain first; below
+    them, how much of the matrix simple models explain."""
+    result = measured("forgetting_prediction")
+    if result is None:
+        return MISSING
+    splits = [name for name in ("in_domain", "out_of_domain") if name in result]
+    tables = [result[name] for name in splits]
+    head = [f"{metric}, {name.replace('_', ' ')}" for name in splits for metric in TITLES.values()]
+    found = [row("model", *head), row(*["---"] * (1 + len(head)))]
+    for name in sorted(tables[0], key=lambda one: tables[0][one]["rmse"]["mean"]):
+        cells = [number(table[name][metric]) for table in tables for metric in TITLES]
+        found.append(row(name, *cells))
+    return [*found, "", *profile(result["rank_profile"])]
+
+
+def profile(found: dict[str, Any]) -> list[str]:
+    """R2 of simple models in one row."""
+    cells = {"task mean": found["task_mean"], "example mean": found["example_mean"]}
+    cells |= {"additive": found["additive"]}
+    cells |= {f"rank {n}": r2 for n, r2 in enumerate(found["rank"][:5], start=1)}
+    values = ["-" if r2 is None else f"{r2:.3f}" for r2 in cells.values()]
+    return [row("R²", *cells), row(*["---"] * (1 + len(cells))), row("", *values)]
+
+
+def replay() -> list[str]:
+    """What is lost of held-out examples with different replays, and each against random."""
+    result = measured("forgetting_replay")
+    if result is None:
+        return MISSING
+    head = ("replayed", "tasks", "increase of log perplexity, held out", "minus random", "p")
+    found = [row(*head), row(*["---"] * len(head))]
+    for name, one in result["arms"].items():
+        known = one["p"] is not None
+        rivals = [f"{one['minus_random']:+.4f}", f"{one['p']:.3f}"] if known else ["", ""]
+        found.append(row(name, str(one["tasks"]), f"{one['mean']:+.4f}", *rivals))
+    return found
+
+
+def sequence() -> list[str]:
+    """Tasks one after another: rank profile, and forecasts from the rows before."""
+    result = measured("forgetting_sequence")
+    if result is None:
+        return MISSING
+    found = [row("model", *TITLES.values()), row(*["---"] * (1 + len(TITLES)))]
+    for name, scores in result["from_before"].items():
+        found.append(row(name, *(number({"mean": scores[metric]}) for metric in TITLES)))
+    return [*found, "", *profile(result["rank_profile"])]
+
+
+def protection() -> list[str]:
+    """Forecast and truth of protected prompts, update by update, then what protection did."""
+    result = measured("protection")
+    if result is None:
+        return MISSING
+    head = ("update", "prompts", "forecast by", "would change", "changed", "average precision")
+    found = [row(*head, "by margin alone", "by chance"), row(*["---"] * (2 + len(head)))]
+    for place, one in enumerate(result["updates"], start=1):
+        changed = sum(one["changed"]["none"].values())
+        found.append(
+            row(
+                str(place),
+                str(one["prompts"]),
+                one["by"],
+                f"{one['expected']:.0f} ± {one['std']:.0f}",
+                str(changed),
+                number({"mean": one["average_precision"]}),
+                number({"mean": one["average_precision_by_margin"]}),
+                f"{changed / one['prompts']:.3f}",
+            )
+        )
+    head = ("protected", *(f"{part} that changed" for part in ("held-out prompts", "others")))
+    found += ["", row(*head), row(*["---"] * 3)]
+    for arm, changed in result["changed"].items():
+        cells = (f"{changed[part]} of {result['asked'][part]}" for part in ("held_out", "others"))
+        found.append(row(arm, *cells))
+    return found
+
+
+def number(score: dict[str, float | None]) -> str:
+    """A mean, with its standard deviation if there is one."""
+    mean, std = score["mean"], score.get("std")
+    return "-" if mean is None else f"{mean:.3f}" + (f" ± {std:.3f}" if std else "")
+
+
 def rows() -> list[str]:
     """One row a result."""
     training, observation = committed("training"), committed("observation")
@@ -188,8 +287,8 @@ def flipped() -> str:
     return row(
         "one byte of a home or its base changed, its dates put back, then `verify`",
         f"{found['flips']:,} bytes",
-        f"{found['noticed']:,} noticed; {sum(found['harmless'].values())} proven harmless (the page "
-        "of the report, white space behind a header)",
+        f"{found['noticed']:,} noticed; {sum(found['harmless'].values())} proven harmless (the "
+        "page of the report, white space behind a header)",
         str(found["missed"] + found["crashed"]),
     )
 

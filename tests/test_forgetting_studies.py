@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 import unwrite
-from benchmarks import forgetting_prediction, forgetting_replay, forgetting_sequence, protection
+from benchmarks import (
+    forgetting_prediction,
+    forgetting_replay,
+    forgetting_sequence,
+    protection,
+    tables,
+)
 from unwrite.forgetting import ForgettingMatrix, UpstreamExample, measure
 from unwrite.forgetting.similarity import Features, Similarity
 from unwrite.model import Model
@@ -37,7 +43,7 @@ def made(tasks=14, examples=60):
     return ForgettingMatrix(values, names, examples, {"base_name": "toy"}, example_details=details)
 
 
-def test_all_models_are_tried_in_and_out_of_domain():
+def test_all_models_are_tried_in_and_out_of_domain(monkeypatch):
     matrix = made()
     random = np.random.default_rng(1)
     features = Features(
@@ -53,6 +59,13 @@ def test_all_models_are_tried_in_and_out_of_domain():
         assert table["factorization"]["rmse"]["mean"] < table["additive"]["rmse"]["mean"]
         assert table["similarity"]["rmse"]["mean"] > table["factorization"]["rmse"]["mean"]
     json.dumps(result, allow_nan=False)
+    monkeypatch.setattr(tables, "measured", lambda _name: result)
+    lines = tables.forecasts()
+    assert len(lines) == 2 + len(result["in_domain"]) + 4
+    best = min(result["in_domain"], key=lambda one: result["in_domain"][one]["rmse"]["mean"])
+    assert lines[2].startswith(f"| {best} | {result['in_domain'][best]['rmse']['mean']:.3f}")
+    half = forgetting_prediction.run(matrix.select(tasks=range(8)), seeds=1)
+    assert "in_domain" in half and "out_of_domain" not in half  # still being collected
 
 
 def test_folds_are_new_once_and_never_their_own_past():
@@ -93,6 +106,8 @@ def test_replay_is_run_once_and_never_shows_what_is_held_out(model, watched, tmp
     assert len(shown) == len(rows)
     found = forgetting_replay.summary(rows)["arms"]
     assert found["random"]["minus_random"] == 0 and found["random"]["p"] is None
+    monkeypatch.setattr(tables, "measured", lambda _name: {"arms": found})
+    assert [line.split(" | ")[0] for line in tables.replay()[2:]] == [f"| {arm}" for arm in found]
     assert 0 < found["truth"]["p"] <= 1
 
 
@@ -123,7 +138,7 @@ def test_the_sign_flip_test_counts_what_it_should(differences, p):
     assert forgetting_replay.sign_flip(many) < 0.001
 
 
-def test_a_sequence_goes_on_where_it_was_and_adds_up(model, watched, tmp_path):
+def test_a_sequence_goes_on_where_it_was_and_adds_up(model, watched, tmp_path, monkeypatch):
     edits = toy_edits()
     tasks = {
         f"bank/{n}": [Pair(edit.prompt, edit.new) for edit in edits[n : n + 2]]
@@ -142,6 +157,8 @@ def test_a_sequence_goes_on_where_it_was_and_adds_up(model, watched, tmp_path):
         after = measure(model, watched)
     np.testing.assert_allclose(whole.values.sum(axis=0), after - before, atol=1e-5)
     result = forgetting_sequence.tested(whole, whole)
+    monkeypatch.setattr(tables, "measured", lambda _name: result)
+    assert len(tables.sequence()) == 2 + len(forgetting_sequence.FORECASTS) + 4
     assert set(result["from_before"]) == set(result["from_apart"])
     assert result["from_before"]["additive"]["n"] == 3 * 20
     json.dumps(result, allow_nan=False)
@@ -164,7 +181,7 @@ def test_forecasts_of_a_sequence_know_only_what_came_before(watched):
     assert everything["additive"]["n"] == 5 * 40
 
 
-def test_protection_is_measured_with_and_without(model, tmp_path):
+def test_protection_is_measured_with_and_without(model, tmp_path, monkeypatch):
     edits = toy_edits()
     method = unwrite.FullFT(lr=2e-3, epochs=3, until="epochs")
     asked = [Protected(edit.prompt, n % 4 == 0) for n, edit in enumerate(edits[18:])]
@@ -173,6 +190,8 @@ def test_protection_is_measured_with_and_without(model, tmp_path):
     rows = protection.run(model, updates, asked, method, tmp_path)
     assert [row["by"] for row in rows] == ["mean of the observed"] * 3 + ["factorization"]
     result = protection.summary(rows)
+    monkeypatch.setattr(tables, "measured", lambda _name: result)
+    assert len(tables.protection()) == 2 + 4 + 1 + 2 + 3
     assert result["asked"] == {"held_out": 12, "others": 36}
     for row in rows:
         free = [one for one in row["record"]["prompts"] if one["held_out"]]
