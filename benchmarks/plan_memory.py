@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import peak_memory, write
+from benchmarks.measure import RESULTS, committed, peak_memory, write
 
 ROWS = 24
 SHORT = {"epochs": "1", "until": "epochs"}
@@ -51,20 +51,23 @@ def main() -> None:
     if options.worker is not None:
         work(options.base, CASES[options.worker[0]], Path(options.worker[1]))
         return
-    found = {}
+    before = committed("plan_memory") if (RESULTS / "plan_memory.json").exists() else {}
+    found = dict(before["cases"]) if before.get("base") == options.base else {}
     for name, case in CASES.items():
-        if options.only in name:
-            planned = plan(options.base, case)
-            measured = peak(options.base, name, case[2].get("processes", 1))
-            found[name] = {
-                "planned_gb": planned["memory_bytes"] / 1e9,
-                "measured_gb": measured,
-                "error": planned["memory_bytes"] / 1e9 / measured - 1,
-                "parts_gb": {part: size / 1e9 for part, size in planned["parts"].items()},
-            }
-            print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
-    largest = max((one["error"] for one in found.values()), key=abs)
-    write("plan_memory", {"base": options.base, "largest_error": largest, "cases": found})
+        if options.only not in name:
+            continue
+        planned = plan(options.base, case)
+        measured = peak(options.base, name, case[2].get("processes", 1))
+        found[name] = {
+            "planned_gb": planned["memory_bytes"] / 1e9,
+            "measured_gb": measured,
+            "error": planned["memory_bytes"] / 1e9 / measured - 1,
+            "parts_gb": {part: size / 1e9 for part, size in planned["parts"].items()},
+        }
+        # After every case, so that a run can be continued with --only.
+        largest = max((one["error"] for one in found.values()), key=abs)
+        cases = {name: found[name] for name in CASES if name in found}
+        write("plan_memory", {"base": options.base, "largest_error": largest, "cases": cases})
 
 
 def plan(base: str, case: tuple[str, dict[str, str], dict[str, Any]]) -> dict[str, Any]:
