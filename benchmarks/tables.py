@@ -44,7 +44,16 @@ def pages() -> dict[Path, str]:
     head = ["| what | measured | goal |", "| --- | --- | --- |"]
     tables = {
         README: {"speed": [*head, *rows()]},
-        PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows(), *callback_rows()]},
+        PERFORMANCE: {
+            "speed": [
+                *head,
+                *rows(),
+                *delicate_rows(),
+                *locate_rows(),
+                *product_rows(),
+                *callback_rows(),
+            ]
+        },
         RESULTS: {
             "development": development(),
             "locate": locate(),
@@ -291,6 +300,71 @@ def flipped() -> str:
         "page of the report, white space behind a header)",
         str(found["missed"] + found["crashed"]),
     )
+
+
+def spread(ratio: dict[str, float], digits: int = 1) -> str:
+    """A ratio with the least and the largest of its turns."""
+    median, least, most = (f"{ratio[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median}x ({least}-{most})"
+
+
+def locate_rows() -> list[str]:
+    """ROME and MEMIT against the published procedure, step by step."""
+    found = committed("rome_memit")
+    kinds = {
+        "speed": "whose products are torch's, as a peer's are",
+        "same-products": "both with torch's products",
+    }
+    lines = []
+    for part, how in kinds.items():
+        one = found.get(part)
+        if one is None:
+            continue
+        facts = one["facts"]
+        lines += [
+            row(
+                f"{facts['memit']} MEMIT edits at once against the published procedure, {how} "
+                f"(values of {facts['slow sample']} facts timed and scaled)",
+                spread(one["straightforward_over_memit"]),
+                "5x",
+            ),
+            row(
+                f"ROME, an edit, against the published procedure, {how}",
+                spread(one["straightforward_over_rome"]),
+                "3x",
+            ),
+        ]
+    moments = found.get("moments")
+    if moments is not None:
+        lines.append(
+            row(
+                f"second moments of five layers from {moments['tokens']:,} tokens against one "
+                "forward pass without a head (the first layers; the last ones)",
+                f"{spread(moments['default_layers_over_plain'], 2)}; "
+                f"{spread(moments['last_five_over_plain'], 2)}",
+                "1.3x",
+            )
+        )
+    return lines
+
+
+def product_rows() -> list[str]:
+    """What oneDNN's products bring."""
+    found = measured("products")
+    if found is None:
+        return []
+    alone = ", ".join(
+        f"{rows} rows {one['ratio']['median']:.1f}x" for rows, one in found["alone"].items()
+    )
+    return [
+        row(
+            "linear layers by oneDNN instead of MKL on this processor: an epoch of full "
+            f"fine-tuning; observing {found['probes']} probes ({found['predictions_that_differ']} predictions "
+            "differ); a layer alone, forward and backward",
+            f"{spread(found['train_ratio'], 2)}; {spread(found['observe_ratio'], 2)}; {alone}",
+            "-",
+        )
+    ]
 
 
 def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:
