@@ -1,6 +1,6 @@
 """Real commands killed at random moments and before every step on disk: is anything ever lost?
 
-    python -m benchmarks.crash_campaign [--kills 300] [--seed 0] [--resume]
+    python -m benchmarks.crash_campaign [--kills 300] [--minutes 60] [--resume]
 
 Every command runs on a toy model in a process of its own and gets SIGKILL: at random, half of the
 time before a step on disk (making, renaming or removing a file) and half of the time at a moment
@@ -429,7 +429,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=300, help="drawn at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on after what is noted down")
-    parser.add_argument("--minutes", type=float, default=60.0, help="until single steps are left")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most, then --resume")
     options = parser.parse_args()
     until = time.monotonic() + 60 * options.minutes
     kills: list[Kill] = []
@@ -447,7 +447,7 @@ def main() -> None:
         )
         with PART.open("a" if kills else "w", encoding="utf-8") as notes:
             for command, moment in moments:
-                if not moment.get("drawn", True) and time.monotonic() > until:
+                if time.monotonic() > until:
                     break
                 kill = campaign.kill(command, **moment)
                 if not kill.state and not kill.lost:

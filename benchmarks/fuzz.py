@@ -114,8 +114,9 @@ def readers(folder: Path) -> dict[str, tuple[Reader, list[bytes]]]:
         opened.live()
         for entry in opened.entries:
             cli._history_row({**entry, "live": True})
-            for scores in entry.get("scores", {}).values():
-                from_json(scores)
+            if entry["do"] == "apply":
+                for scores in entry["scores"].values():
+                    from_json(scores)
 
     def read_ledger(data: bytes) -> None:
         """As it is, and with a hash chain made anew by somebody who knows how."""
@@ -436,7 +437,8 @@ def main() -> None:
             "engine": engine,
         }
         if done.returncode != 0:
-            print(f"{name}: a finding\n{done.stderr[-4000:]}", file=sys.stderr)
+            shown = done.stdout[-4000:] + done.stderr[-2000:]
+            print(f"{name}: a finding\n{shown}", file=sys.stderr)
         write(
             "fuzz", {"readers": found, "executions": sum(x["executions"] for x in found.values())}
         )

@@ -260,7 +260,7 @@ def check_entry(entry: Entry, path: Path) -> None:
                 and all(_FILE.fullmatch(name) for name in entry["files"])
                 and all(isinstance(digest, str) for digest in entry["files"].values())
             )
-    except (LookupError, TypeError, AttributeError):
+    except (LookupError, TypeError, AttributeError, OverflowError):  # a number beyond all floats
         sound = False
     if not sound:
         raise DamagedFile(

@@ -132,6 +132,10 @@ def no_number(entries):
     entries[1]["scores"]["after"]["reliability"]["token"] = [1]
 
 
+def huge_number(entries):
+    entries[1]["perplexity"]["after"] = 10**400
+
+
 def do_nothing(entries):
     entries[1]["do"] = "format"
 
@@ -152,6 +156,7 @@ def apply_twice(entries):
         drop_method,
         text_for_number,
         no_number,
+        huge_number,
         do_nothing,
         revert_the_unknown,
         apply_twice,
