@@ -29,7 +29,6 @@ SIZES = {
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "full-ft": ("full-ft", {}),
     "full-ft, adafactor": ("full-ft", {"optimizer": "adafactor"}),
-    "delicate": ("delicate", {}),
     "lora": ("lora", {}),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -70,8 +69,9 @@ def plans(size: str, config: dict[str, int], folder: Path) -> list[dict[str, Any
         for layout, words in LAYOUTS.items():
             if name == "lora" and words.get("sharded"):
                 continue  # it is refused
+            # Planned for memory without end: what would fit instead is another table.
             needs = plan.for_model(
-                folder, build(name, settings), layout=Layout(device="cuda", **words), memory=GPU
+                folder, build(name, settings), layout=Layout(device="cuda", **words), memory=10**15
             )
             found.append(
                 {
