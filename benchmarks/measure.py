@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from unwrite.files import read_jsonl, write_jsonl
+from unwrite.products import Linear
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -33,6 +37,19 @@ def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:
     """Median, least and largest of the ratios slow/fast within one turn."""
     ratios = [one / other for one, other in zip(slow, fast, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+@contextlib.contextmanager
+def torchs_products(network: torch.nn.Module) -> Iterator[None]:
+    """Within the block the network's linear layers multiply as torch does by itself."""
+    ours = [module for module in network.modules() if type(module) is Linear]
+    for module in ours:
+        module.__class__ = torch.nn.Linear
+    try:
+        yield
+    finally:
+        for module in ours:
+            module.__class__ = Linear
 
 
 def machine() -> dict[str, Any]:
@@ -59,6 +76,17 @@ def committed(name: str) -> dict[str, Any]:
     """The result of an earlier run."""
     content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
     return content
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a result that grows run by run, so that it can be cut off anywhere."""
+    return read_jsonl(path) if path.exists() else []
+
+
+def add_line(path: Path, row: dict[str, Any]) -> None:
+    """One more row, whole on disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jsonl(path, [*lines(path), row])
 
 
 def _bare(word: str) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +64,28 @@ FIELDS = ("token", "token_low", "token_high", "n")
 ROLES = ("reliability", "generality", "locality", "old_recall")
 
 
+def add_options(parser: argparse.ArgumentParser, seeds: int) -> None:
+    """What every study on planted records takes."""
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data slices")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
+    parser.add_argument("--base", default="smollm2-135m", help="the model")
+    parser.add_argument("--records", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--summary", action="store_true", help="only write the result")
+
+
 def main() -> None:
     """Run what is missing, one seed after the other, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder of the data slices")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
-    parser.add_argument("--records", type=int, default=100)
-    parser.add_argument("--seeds", type=int, default=3)
+    add_options(parser, seeds=3)
     parser.add_argument("--regimes", default=",".join(METHODS), help="by comma")
     parser.add_argument("--kinds", default=",".join(DATA), help="by comma")
-    parser.add_argument("--summary", action="store_true", help="only write the result")
     options = parser.parse_args()
     if not options.summary:
         for seeds in range(1, options.seeds + 1):
             for kind in options.kinds.split(","):
                 for regime in options.regimes.split(","):
-                    run(options, kind, regime, seeds)
+                    run(options, kind, regime, seeds, METHODS[regime])
     write("planted_study", {"records": options.records, "tables": summary(options.work)})
 
 
@@ -87,19 +94,26 @@ def folder_of(work: Path, kind: str, regime: str) -> Path:
     return work / f"{kind}-{regime.replace(' ', '-')}"
 
 
-def run(options: argparse.Namespace, kind: str, regime: str, seeds: int) -> None:
+def run(
+    options: argparse.Namespace,
+    kind: str,
+    regime: str,
+    seeds: int,
+    methods: Mapping[str, str],
+    references: Sequence[str] = ("no-change",),
+) -> None:
     """One table; what its folder has already is not computed again."""
     file, offset = DATA[kind]
     compare(
-        "smollm2-135m",
+        options.base,
         {kind: options.data / file},
-        METHODS[regime],
+        methods,
         folder_of(options.work, kind, regime),
         seeds=range(seeds),
         sizes=(options.records,),
         offset=offset,
         plant=True,
-        references=("no-change",),
+        references=references,
         exact=False,
     )
 
@@ -108,12 +122,19 @@ def summary(work: Path) -> dict[str, Any]:
     """Of every table that there is: one entry a row, without what only its own folder needs."""
     found = {}
     for kind in DATA:
-        for regime in METHODS:
-            table = folder_of(work, kind, regime) / "table.json"
-            if table.exists():
-                rows = json.loads(table.read_text("utf-8"))["rows"]
+        for regime, methods in METHODS.items():
+            rows = rows_of(folder_of(work, kind, regime), ["[no change]", *methods])
+            if rows:
                 found[f"{kind}, {regime}"] = [short(row) for row in rows]
     return found
+
+
+def rows_of(folder: Path, methods: Sequence[str]) -> list[dict[str, Any]]:
+    """The finished rows of some methods, by method and seed; other studies may share the folder."""
+    table = folder / "table.json"
+    rows = json.loads(table.read_text("utf-8"))["rows"] if table.exists() else []
+    wanted = [row for row in rows if row["method"] in methods]
+    return sorted(wanted, key=lambda row: (methods.index(row["method"]), row["seed"] or 0))
 
 
 def short(row: dict[str, Any]) -> dict[str, Any]:

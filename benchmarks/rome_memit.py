@@ -13,6 +13,7 @@ edited.
 one fact at a time, every prompt in full through all layers in each step, logits of all positions;
 with the same optimiser, contexts, steps, stopping rule and closed form. The slow way has its second
 moments in memory, ours reads and factorises them. It takes minutes a fact, so it gets a sample.
+It multiplies as torch does by itself, as a peer would; in ``same-products`` it multiplies as ours.
 ``moments``: one pass for five layers against one plain forward pass over the same texts.
 ``effect``: reliability and locality on the test split, beside those of full fine-tuning.
 """
@@ -20,6 +21,7 @@ moments in memory, ours reads and factorises them. It takes minutes a fact, so i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
@@ -31,7 +33,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import committed, in_turns, ratio, write
+from benchmarks.measure import committed, in_turns, ratio, torchs_products, write
 from unwrite import load
 from unwrite.activations import layer_of, oriented, weight_name
 from unwrite.delta import Delta
@@ -70,7 +72,8 @@ def main() -> None:
     model = load("smollm2-135m")
     development, test = known_facts(model, options.facts)
     parts: dict[str, Callable[[], Any]] = {
-        "speed": lambda: speed(model, test, options),
+        "speed": lambda: speed(model, test, options, torchs_products),
+        "same-products": lambda: speed(model, test, options, contextlib.nullcontext),
         "moments": lambda: moments(model, options),
         "effect": lambda: effect(model, test[: options.test_facts]),
         "defaults": lambda: defaults(model, development[: options.development_facts]),
@@ -244,8 +247,21 @@ def defaults(model: Model, edits: Sequence[Edit]) -> list[dict[str, Any]]:
 # ---- speed ---------------------------------------------------------------------------------------
 
 
-def speed(model: Model, test: Sequence[Edit], options: argparse.Namespace) -> dict[str, Any]:
-    """Ours and the straightforward procedure in turns."""
+def speed(
+    model: Model,
+    test: Sequence[Edit],
+    options: argparse.Namespace,
+    products: Callable[[Any], contextlib.AbstractContextManager[Any]],
+) -> dict[str, Any]:
+    """Ours and the straightforward procedure, which multiplies within ``products``, in turns."""
+
+    def straightforward(work: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with products(model.network):
+                return work()
+
+        return run
+
     memit, rome = MEMIT(), ROME()
     edits = test[: options.memit_facts]
     sample, single = edits[: options.slow_facts], edits[: options.rome_facts]
@@ -274,16 +290,16 @@ def speed(model: Model, test: Sequence[Edit], options: argparse.Namespace) -> di
     seconds = in_turns(
         {
             "memit": lambda: memit.delta(model, edits),
-            "memit_straightforward_values": lambda: [
-                plain_value(model, one, layers[-1], "block", memit) for one in sample
-            ],
-            "memit_straightforward_layers": lambda: plain_spread(
-                model, edits, stored, layers, matrices, memit
+            "memit_straightforward_values": straightforward(
+                lambda: [plain_value(model, one, layers[-1], "block", memit) for one in sample]
+            ),
+            "memit_straightforward_layers": straightforward(
+                lambda: plain_spread(model, edits, stored, layers, matrices, memit)
             ),
             "rome": lambda: [rome.delta(model, [one]) for one in single],
-            "rome_straightforward": lambda: [
-                plain_rome(model, one, site, inverse, rome) for one in single
-            ],
+            "rome_straightforward": straightforward(
+                lambda: [plain_rome(model, one, site, inverse, rome) for one in single]
+            ),
         },
         options.repeats,
     )

@@ -12,12 +12,25 @@ from pathlib import Path
 from statistics import harmonic_mean, mean
 from typing import Any
 
+from benchmarks import paper_blocks
+from benchmarks.measure import RESULTS as MEASURED
 from benchmarks.measure import committed
+from benchmarks.scale_tables import blocks
 
 ROOT = Path(__file__).parent.parent
 README, PERFORMANCE = ROOT / "README.md", ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "docs" / "results.md"
+SCALE = ROOT / "docs" / "scale.md"
 TRUST = ROOT / "docs" / "trust.md"
+
+
+MISSING = ["*Not measured yet.*"]
+TITLES = {"rmse": "RMSE", "f1": "F1", "pr_auc": "PR-AUC", "lift": "lift at 5 %"}
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """A committed result, or None where nobody has run it."""
+    return committed(name) if (MEASURED / f"{name}.json").is_file() else None
 
 
 def main() -> None:
@@ -31,8 +44,27 @@ def pages() -> dict[Path, str]:
     head = ["| what | measured | goal |", "| --- | --- | --- |"]
     tables = {
         README: {"speed": [*head, *rows()]},
-        PERFORMANCE: {"speed": [*head, *rows(), *delicate_rows()]},
-        RESULTS: {"development": development(), "locate": locate()},
+        PERFORMANCE: {
+            "speed": [
+                *head,
+                *rows(),
+                *delicate_rows(),
+                *locate_rows(),
+                *product_rows(),
+                *callback_rows(),
+            ]
+        },
+        RESULTS: {
+            "development": development(),
+            "locate": locate(),
+            "study": study(),
+            "forecasts": forecasts(),
+            "replay": replay(),
+            "sequence": sequence(),
+            "protection": protection(),
+            **paper_blocks.blocks(),
+        },
+        SCALE: blocks(),
         TRUST: {"campaigns": campaigns()},
     }
     return {path: _filled(path.read_text("utf-8"), blocks) for path, blocks in tables.items()}
@@ -83,9 +115,14 @@ def development() -> list[str]:
 
 
 def study() -> list[str]:
-    """The planted test records: means over the seeds that were run, token form."""
+    """The planted test records: means over the seeds that were run, token form; nothing before
+    they were run."""
+    try:
+        tables = committed("planted_study")["tables"]
+    except FileNotFoundError:
+        return []
     found = []
-    for title, entries in committed("planted_study")["tables"].items():
+    for title, entries in tables.items():
         head = ("method", "seeds", "reliability", "generality", "locality", "harmonic mean")
         found += ["", f"**{title}**", "", row(*head, "old recall", "perplexity", "time")]
         found.append(row(*["---"] * 9))
@@ -107,7 +144,9 @@ def study() -> list[str]:
                     f"x {mean(one['seconds'] for one in same) / mean(plain):.1f}",
                 )
             )
-    return found[1:]
+    title = "### Planted records, in both regimes"
+    where = "`python -m benchmarks.planted_study --data DATA --work WORK`, result in "
+    return ["", title, *found, "", f"{where}`benchmarks/results/planted_study.json`.", ""]
 
 
 def locate() -> list[str]:
@@ -120,6 +159,91 @@ def locate() -> list[str]:
             cells += [f"{100 * score['token']:.1f} / {100 * score['exact']:.1f}", str(score["n"])]
         found.append(row(name, *cells))
     return found
+
+
+def forecasts() -> list[str]:
+    """Forecasts of what new tasks destroy, in and out of domain, the best in domain first; below
+    them, how much of the matrix simple models explain."""
+    result = measured("forgetting_prediction")
+    if result is None:
+        return MISSING
+    splits = [name for name in ("in_domain", "out_of_domain") if name in result]
+    tables = [result[name] for name in splits]
+    head = [f"{metric}, {name.replace('_', ' ')}" for name in splits for metric in TITLES.values()]
+    found = [row("model", *head), row(*["---"] * (1 + len(head)))]
+    for name in sorted(tables[0], key=lambda one: tables[0][one]["rmse"]["mean"]):
+        cells = [number(table[name][metric]) for table in tables for metric in TITLES]
+        found.append(row(name, *cells))
+    return [*found, "", *profile(result["rank_profile"])]
+
+
+def profile(found: dict[str, Any]) -> list[str]:
+    """R2 of simple models in one row."""
+    cells = {"task mean": found["task_mean"], "example mean": found["example_mean"]}
+    cells |= {"additive": found["additive"]}
+    cells |= {f"rank {n}": r2 for n, r2 in enumerate(found["rank"][:5], start=1)}
+    values = ["-" if r2 is None else f"{r2:.3f}" for r2 in cells.values()]
+    return [row("R²", *cells), row(*["---"] * (1 + len(cells))), row("", *values)]
+
+
+def replay() -> list[str]:
+    """What is lost of held-out examples with different replays, and each against random."""
+    result = measured("forgetting_replay")
+    if result is None:
+        return MISSING
+    head = ("replayed", "tasks", "increase of log perplexity, held out", "minus random", "p")
+    found = [row(*head), row(*["---"] * len(head))]
+    for name, one in result["arms"].items():
+        known = one["p"] is not None
+        rivals = [f"{one['minus_random']:+.4f}", f"{one['p']:.3f}"] if known else ["", ""]
+        found.append(row(name, str(one["tasks"]), f"{one['mean']:+.4f}", *rivals))
+    return found
+
+
+def sequence() -> list[str]:
+    """Tasks one after another: rank profile, and forecasts from the rows before."""
+    result = measured("forgetting_sequence")
+    if result is None:
+        return MISSING
+    found = [row("model", *TITLES.values()), row(*["---"] * (1 + len(TITLES)))]
+    for name, scores in result["from_before"].items():
+        found.append(row(name, *(number({"mean": scores[metric]}) for metric in TITLES)))
+    return [*found, "", *profile(result["rank_profile"])]
+
+
+def protection() -> list[str]:
+    """Forecast and truth of protected prompts, update by update, then what protection did."""
+    result = measured("protection")
+    if result is None:
+        return MISSING
+    head = ("update", "prompts", "forecast by", "would change", "changed", "average precision")
+    found = [row(*head, "by margin alone", "by chance"), row(*["---"] * (2 + len(head)))]
+    for place, one in enumerate(result["updates"], start=1):
+        changed = sum(one["changed"]["none"].values())
+        found.append(
+            row(
+                str(place),
+                str(one["prompts"]),
+                one["by"],
+                f"{one['expected']:.0f} ± {one['std']:.0f}",
+                str(changed),
+                number({"mean": one["average_precision"]}),
+                number({"mean": one["average_precision_by_margin"]}),
+                f"{changed / one['prompts']:.3f}",
+            )
+        )
+    head = ("protected", *(f"{part} that changed" for part in ("held-out prompts", "others")))
+    found += ["", row(*head), row(*["---"] * 3)]
+    for arm, changed in result["changed"].items():
+        cells = (f"{changed[part]} of {result['asked'][part]}" for part in ("held_out", "others"))
+        found.append(row(arm, *cells))
+    return found
+
+
+def number(score: dict[str, float | None]) -> str:
+    """A mean, with its standard deviation if there is one."""
+    mean, std = score["mean"], score.get("std")
+    return "-" if mean is None else f"{mean:.3f}" + (f" ± {std:.3f}" if std else "")
 
 
 def rows() -> list[str]:
@@ -204,6 +328,71 @@ def fuzzed() -> str:
     )
 
 
+def spread(ratio: dict[str, float], digits: int = 1) -> str:
+    """A ratio with the least and the largest of its turns."""
+    median, least, most = (f"{ratio[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return f"{median}x ({least}-{most})"
+
+
+def locate_rows() -> list[str]:
+    """ROME and MEMIT against the published procedure, step by step."""
+    found = committed("rome_memit")
+    kinds = {
+        "speed": "whose products are torch's, as a peer's are",
+        "same-products": "both with torch's products",
+    }
+    lines = []
+    for part, how in kinds.items():
+        one = found.get(part)
+        if one is None:
+            continue
+        facts = one["facts"]
+        lines += [
+            row(
+                f"{facts['memit']} MEMIT edits at once against the published procedure, {how} "
+                f"(values of {facts['slow sample']} facts timed and scaled)",
+                spread(one["straightforward_over_memit"]),
+                "5x",
+            ),
+            row(
+                f"ROME, an edit, against the published procedure, {how}",
+                spread(one["straightforward_over_rome"]),
+                "3x",
+            ),
+        ]
+    moments = found.get("moments")
+    if moments is not None:
+        lines.append(
+            row(
+                f"second moments of five layers from {moments['tokens']:,} tokens against one "
+                "forward pass without a head (the first layers; the last ones)",
+                f"{spread(moments['default_layers_over_plain'], 2)}; "
+                f"{spread(moments['last_five_over_plain'], 2)}",
+                "1.3x",
+            )
+        )
+    return lines
+
+
+def product_rows() -> list[str]:
+    """What oneDNN's products bring."""
+    found = measured("products")
+    if found is None:
+        return []
+    alone = ", ".join(
+        f"{rows} rows {one['ratio']['median']:.1f}x" for rows, one in found["alone"].items()
+    )
+    return [
+        row(
+            "linear layers by oneDNN instead of MKL on this processor: an epoch of full "
+            f"fine-tuning; observing {found['probes']} probes "
+            f"({found['predictions_that_differ']} predictions differ); a layer alone, forward and backward",
+            f"{spread(found['train_ratio'], 2)}; {spread(found['observe_ratio'], 2)}; {alone}",
+            "-",
+        )
+    ]
+
+
 def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:
     """Bandwidth and peak memory of delta arithmetic, one row a dtype."""
     found = []
@@ -259,6 +448,21 @@ def delicate_rows() -> list[str]:
             f"{widest('load')}; {widest('stream')}",
             "3x",
         ),
+    ]
+
+
+def callback_rows() -> list[str]:
+    """What graceful forgetting costs a Trainer besides its unlearning steps, once measured."""
+    try:
+        found = committed("callback_overhead")["excepted_over_plain"]
+    except FileNotFoundError:
+        return []
+    return [
+        row(
+            "a Trainer with `GracefulForgetting`, unlearning steps excepted, against one without",
+            f"{found['median']:.3f}x ({found['min']:.3f}-{found['max']:.3f})",
+            "1.03x",
+        )
     ]
 
 

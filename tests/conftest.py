@@ -60,3 +60,33 @@ def snapshot():
         }
 
     return read
+
+
+@pytest.fixture
+def page():
+    """A page of the machine's own Chromium; what went wrong in it is in ``page.faults``."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if found is None:
+        pytest.skip("there is no Chromium on this machine")
+    faults: list[str] = []
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1200, "height": 900})
+        page.on("console", lambda message: faults.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: faults.append(f"error: {error}"))
+        page.on("dialog", lambda dialog: (faults.append("a dialog"), dialog.dismiss()))
+        page.faults = faults
+        yield page
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def artefacts():
+    """Folder of what tests leave for people to look at: pictures of every page."""
+    root = Path(__file__).parent.parent
+    folder = Path(os.environ.get("UNWRITE_ARTEFACTS", root / "build" / "pictures"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

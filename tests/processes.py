@@ -44,7 +44,7 @@ def server() -> subprocess.Popen:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"TOKENIZERS_PARALLELISM": "false"},
+        env=os.environ | {"TOKENIZERS_PARALLELISM": "false", "TORCH_CPP_LOG_LEVEL": "ERROR"},
     )
 
     def stop() -> None:
@@ -71,7 +71,9 @@ class Processes:
     def start(self, *words: object, **how) -> Process:
         """Start ``unwrite WORDS``. ``die_at=K``: killed just before its K-th step on disk;
         ``count_steps``: writes their number into the file ``steps``; ``wait_in=NAME``: creates the
-        file ``arrived`` when that function is called, and waits."""
+        file ``arrived`` when that function is called, and waits; ``raise_in=NAME``: that function
+        raises an error; ``environment``: further variables; ``script=NAME``: ``main(WORDS)`` of a
+        module beside this one is run instead."""
         self.count += 1
         place = self.folder / str(self.count)
         place.mkdir()
@@ -128,6 +130,8 @@ class Process:
 
 
 def serve() -> None:
+    # A shell starts background jobs deaf to Ctrl-C; the commands tested here must hear it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in IMPORTED:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -146,6 +150,7 @@ def be(order: dict) -> None:
     from unwrite.cli import main
 
     place = Path(order["place"])
+    os.environ.update(order.get("environment", {}))
     for descriptor, name in ((1, "out"), (2, "err")):
         file = os.open(place / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(file, descriptor)
@@ -158,9 +163,16 @@ def be(order: dict) -> None:
         at_step(order["die_at"], lambda: os.kill(os.getpid(), signal.SIGKILL))
     if "wait_in" in order:
         wait_in(order["wait_in"], place)
+    if "raise_in" in order:
+        raise_in(order["raise_in"])
     code = 1
     try:
-        main()
+        if "script" in order:
+            importlib.import_module(order["script"]).main(*order["words"])
+            code = 0
+        else:
+            main()
+            code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
     except BaseException:  # noqa: BLE001 -- a fork must not go on as the server
@@ -205,6 +217,14 @@ def wait_in(name: str, place: Path) -> None:
         return real(*arguments, **named)
 
     setattr(module, function, waiting)
+
+
+def raise_in(name: str) -> None:
+    def failing(*_arguments, **_named):
+        raise OSError("out of luck")
+
+    module_name, _, function = name.rpartition(".")
+    setattr(importlib.import_module(module_name), function, failing)
 
 
 if __name__ == "__main__":

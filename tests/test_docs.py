@@ -38,7 +38,8 @@ def test_every_default_is_explained():
     for name in methods.METHODS:
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         for field in methods.describe(name)["fields"]:
-            assert f"`{field}" in section or field in ("seed", "precision", "protect"), field
+            common = ("seed", "precision", "protect", "accumulate", "optimizer")
+            assert f"`{field}" in section or field in common, field
 
 
 def test_the_verbs_of_the_readme_exist():

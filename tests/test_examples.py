@@ -1,5 +1,8 @@
 """The examples do what they say, on a toy model."""
 
+import importlib.util
+import json
+import re
 import runpy
 import sys
 import tomllib
@@ -13,6 +16,7 @@ import unwrite
 from unwrite import methods
 from unwrite.cli import app
 from unwrite.testing import check_method
+from unwrite.weights import Weights
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PACKAGE = EXAMPLES / "new_method"
@@ -59,6 +63,66 @@ def test_compare_methods(worlds, facts, tmp_path, capsys):
     for label in ("full-ft", "bounded", "forget-first"):
         assert f"| {label}" in said or f"{label} |" in said
     assert "Best balanced on these facts: " in said
+
+
+# ---- forgetting in other people's trainers -------------------------------------------------------
+
+
+@pytest.fixture
+def tasks(worlds, tmp_path):
+    """A file for every relation of the toy world, each a task of new answers."""
+    found = {}
+    for relation in ("job", "town", "pet"):
+        edits = [edit for edit in worlds().edits if edit.relation == relation]
+        rows = [{"prompt": edit.prompt, "completion": edit.new} for edit in edits]
+        found[relation] = tmp_path / f"{relation}.jsonl"
+        found[relation].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return found
+
+
+def test_forecast_and_replay(worlds, tasks, tmp_path, capsys):
+    facts = [{"prompt": edit.prompt, "answer": edit.old} for edit in worlds().edits]
+    watched = tmp_path / "watched.jsonl"
+    watched.write_text("".join(json.dumps(row) + "\n" for row in facts), "utf-8")
+    words = ("--model", worlds().folder, "--task", tasks["town"], "--examples", watched)
+    words += ("--past", tasks["job"], "--past", tasks["pet"], "--out", tmp_path / "out")
+    run("forecast_and_replay.py", *words, "--seeds", 6, "--lr", 1e-3, "--epochs", 3, "--rank", 1)
+    said = capsys.readouterr().out
+    assert "Forecast against the truth of the first run: correlation " in said
+    assert "Replayed last: watched-" in said
+    pattern = r"(with\w* replay): log perplexity of held-out examples ([+-][\d.]+)"
+    lost = dict(re.findall(pattern, said))
+    assert float(lost["without replay"]) > 0
+    assert lost.keys() == {"without replay", "with replay"}
+    assert (tmp_path / "out" / "matrix" / "matrix.npz").is_file()
+
+
+needs_trl = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("trl", "datasets")),
+    reason="needs trl and datasets",
+)
+
+
+@needs_trl
+@pytest.mark.filterwarnings("ignore")  # those of TRL about transformers
+def test_graceful_sft(worlds, tasks, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path / "cache"))
+    words = ("--model", worlds().folder, "--task", tasks["job"], "--forget", tasks["pet"])
+    words += ("--out", tmp_path / "out", "--lr", 1e-3, "--epochs", 6, "--every", 2)
+    run("graceful_sft.py", *words, "--strength", 0.5)
+    said = capsys.readouterr().out
+    assert re.search(r"Of 8 own answers, 1 are let go", said)
+    (steps,) = re.findall(r"(\d+) unlearning steps", said)
+    assert int(steps) > 0
+    assert set(re.findall(r"^(\w+): [\d.]+ % of 2 test questions", said, re.M)) == {
+        "before",
+        "plain",
+        "graceful",
+    }
+    plain, graceful = (
+        Weights.from_folder(tmp_path / "out" / name) for name in ("plain", "graceful")
+    )
+    assert any(not torch.equal(plain[name], graceful[name]) for name in plain)
 
 
 # ---- a method in a package of its own ------------------------------------------------------------

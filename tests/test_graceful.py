@@ -286,7 +286,7 @@ def test_sharded_training_is_refused_with_the_reason(worlds, tmp_path):
     with pytest.raises(BadSetting, match="DeepSpeed: its engine owns backward"):
         callback.on_train_begin(Arguments(), None, None, model=model.network)
     Arguments.deepspeed, Arguments.fsdp = None, "full_shard"
-    with pytest.raises(BadSetting, match="sharded over the processes"):
+    with pytest.raises(BadSetting, match="cannot run under FSDP1"):
         callback.on_train_begin(Arguments(), None, None, model=model.network)
 
 

@@ -334,3 +334,16 @@ def test_deltas_of_different_models_are_refused():
 
 def test_nothing_from_nothing():
     assert len(select(Delta.nothing(), Delta.nothing(), 0.5).delta) == 0
+
+
+@pytest.mark.parametrize("scope", ["model", "tensor"])
+@pytest.mark.parametrize("top", [0.1, 1.0])
+def test_a_result_that_waits_in_files_is_the_same(tmp_path, scope, top):
+    old, new = large(7), large(8)
+    wanted = select(old, new, top, scope=scope)
+    found = select(old, new, top, scope=scope, scratch=tmp_path)
+    assert list(found.delta) == list(wanted.delta)
+    for _ in range(2):  # it can be read again
+        assert all(same_change(found.delta[n], wanted.delta[n]) for n in found.delta)
+    assert (found.kept, found.threshold) == (wanted.kept, wanted.threshold)
+    assert any(tmp_path.iterdir())

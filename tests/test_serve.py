@@ -589,28 +589,7 @@ def test_a_real_server_ends_cleanly_in_the_middle(folder, edit, snapshot):
 # ---- in a browser --------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def page():
-    """A page of the machine's own Chromium that fails the test on any error or foreign request."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if found is None:
-        pytest.skip("there is no Chromium on this machine")
-    faults: list[str] = []
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1200, "height": 900})
-        page.on("console", lambda message: faults.append(f"console: {message.text}"))
-        page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-        page.on("dialog", lambda dialog: (faults.append("a dialog"), dialog.dismiss()))
-        page.faults = faults
-        yield page
-        browser.close()
-
-
-def test_the_whole_story_in_a_browser(page, folder, edit, tmp_path):
+def test_the_whole_story_in_a_browser(page, folder, edit, artefacts):
     server = Server(folder)
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -655,7 +634,7 @@ def test_the_whole_story_in_a_browser(page, folder, edit, tmp_path):
         page.wait_for_selector("text=With this change")
         said = page.inner_text("#answers").split("\n")
         assert said == ["Now", edit["old"], "With this change", edit["new"]]
-        page.screenshot(path=tmp_path / "waiting.png", full_page=True)
+        page.screenshot(path=artefacts / "serve-waiting.png", full_page=True)
         page.click("#choices button:text-is('Commit')")
         page.wait_for_selector("#job[data-state=done]")
         page.wait_for_selector("#updates tr:nth-child(2)")
@@ -678,7 +657,7 @@ def test_the_whole_story_in_a_browser(page, folder, edit, tmp_path):
         width = page.evaluate("() => document.documentElement.scrollWidth")
         assert width <= 380, "nothing sticks out on a phone"
         page.emulate_media(color_scheme="dark")
-        page.screenshot(path=tmp_path / "phone-dark.png", full_page=True)
+        page.screenshot(path=artefacts / "serve-phone-dark.png", full_page=True)
 
         assert server.end(signal.SIGTERM)[0] == 0
         page.click("#ask button")

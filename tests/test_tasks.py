@@ -1,12 +1,17 @@
 """Tasks: the bundled ones, the three forms of files, splits, and the judging of free answers."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
 from unwrite import task_bank
 from unwrite.errors import BadSetting, BadTask, UnwriteError
 from unwrite.tasks import Example, extract, is_right, read_task, read_tasks, task_names
+
+SHARED = Path(os.environ.get("UNWRITE_SHARED", Path(__file__).parents[2] / "shared" / "data"))
+real = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared folder of real data is not here")
 
 
 def write(path, *records):
@@ -206,3 +211,30 @@ def test_what_is_extracted_has_the_form_of_what_is_expected():
     assert extract("so 4 * 5 = 20 apples", "7") == "20"
     assert extract("I think (c)", "(A)") == "C"
     assert extract("two words\nmore", "one") == "two words"
+
+
+# ---- the real files ------------------------------------------------------------------------------
+
+
+@real
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("multitask_50.jsonl", 29), ("p3_t0_tasks_x50.jsonl", 44), ("bbh_27x50.jsonl", 27)],
+)
+def test_real_files_are_read_whole(name, tasks):
+    raw = [json.loads(line) for line in (SHARED / name).read_text("utf-8").splitlines()]
+    found = {task.name: task for task in read_tasks(SHARED / name)}
+    assert len(found) == tasks
+    assert sum(len(task.train) + len(task.test) for task in found.values()) == len(raw)
+    for row in raw:
+        task = found[row["task"]]
+        examples = [one for one in (*task.train, *task.test) if one.answer == row["output"]]
+        assert any(row["input"].strip() in example.prompt for example in examples)
+    for task in found.values():
+        assert not {one.prompt for one in task.train} & {one.prompt for one in task.test}
+
+
+@real
+def test_real_files_of_edits_are_no_tasks():
+    with pytest.raises(BadTask, match=r"record 1 \(line 2\): `completion` is missing"):
+        read_tasks(SHARED / "counterfact_easyedit_2000.json")

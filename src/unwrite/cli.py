@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,21 @@ import typer
 
 from unwrite.cli_finetune import finetune
 from unwrite.cli_forgetting import app as forgetting_app
-from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, harmless, score_rows
+from unwrite.console import (
+    LOG,
+    LOG_FILE,
+    PLAIN,
+    SCORE_COLUMNS,
+    TRACK,
+    Terminal,
+    harmless,
+    score_rows,
+)
 from unwrite.errors import BadSetting, DamagedFile, NotReproduced, RequirementNotMet
-from unwrite.files import readable_size
+from unwrite.files import readable_size, user_path
 from unwrite.verb import RESUMABLE as _RESUMABLE
+from unwrite.verb import AddressOption, ExecutorOption
+from unwrite.verb import executor as _executor
 from unwrite.verb import pairs as _pairs
 from unwrite.verb import terminate as _terminate
 from unwrite.verb import verb as _verb
@@ -29,6 +41,8 @@ from unwrite.verb import words as _words
 if TYPE_CHECKING:
     from unwrite.edits import Edits
     from unwrite.home import Home
+    from unwrite.prompts import Protected
+    from unwrite.protection import Outlook
 
 app = typer.Typer(
     help="Change what a language model knows. Every update is planned, trained, verified, and then "
@@ -48,16 +62,33 @@ def options(
         bool,
         typer.Option("--plain", help="No lines, bars and colours; UNWRITE_PLAIN=1 does the same."),
     ] = False,
+    log_file: Annotated[
+        str | None,
+        typer.Option("--log-file", help="Write all that is said there as well.", metavar="FILE"),
+    ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            "--track",
+            help="Trackers for the loss: tensorboard (files in ./runs), wandb and others.",
+            metavar="NAME,...",
+        ),
+    ] = None,
 ) -> None:
     """What stands before the verb."""
-    if plain and not os.environ.get(PLAIN):
-        os.environ[PLAIN] = "1"
-        context.call_on_close(lambda: os.environ.pop(PLAIN, None))
+    given = {PLAIN: "1" if plain else None, LOG_FILE: log_file, TRACK: track}
+    for name, value in given.items():
+        if value and not os.environ.get(name):
+            os.environ[name] = value
+            context.call_on_close(partial(os.environ.pop, name, None))
 
 
 HomeArgument = Annotated[Path, typer.Argument(help="Folder of the model home.", metavar="HOME")]
 EditsArgument = Annotated[
-    str, typer.Argument(help="A file of edits, or 'atlas' (bundled facts).", metavar="EDITS")
+    str,
+    typer.Argument(
+        help="A file of edits, 'atlas' (bundled facts), or hub:OWNER/NAME:SPLIT.", metavar="EDITS"
+    ),
 ]
 IdArgument = Annotated[str, typer.Argument(help="Id of an update, as in 'history'.", metavar="ID")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
@@ -116,11 +147,20 @@ def update(
     ] = None,
     protect: Annotated[
         Path | None,
-        typer.Option(help="Prompts that must go on being answered as now, one a line or JSONL."),
+        typer.Option(
+            help="Prompts that must go on being answered as now, one a line or JSONL: the damage "
+            "is forecast, and the endangered ones are protected.",
+            metavar="FILE",
+        ),
     ] = None,
     why: Why = "",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Estimate time, memory and disk; change nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Estimate time, memory and disk, and with --protect what would be forgotten; "
+            "change nothing.",
+        ),
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -128,15 +168,23 @@ def update(
     """Teach the model new answers: plan, train, verify, then commit or leave the home untouched."""
     with _verb(as_json) as out:
         from unwrite import methods
-        from unwrite.prompts import read_prompts
+        from unwrite.prompts import read_protected
         from unwrite.requirements import parse
 
         chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
         parse(require or [])
-        protected = read_prompts(protect) if protect is not None else ()
+        protected = read_protected(protect) if protect is not None else ()
         facts = _read(edits, limit, offset, out)  # before a home is made: bad edits leave nothing
         if dry_run:
-            _plan(home, base, facts, chosen, trust_remote_code, out)
+            needs = _plan(home, base, facts, chosen, trust_remote_code, out)
+            if protected:
+                outlook = _outlook(
+                    home, base, facts, chosen, protected, seed, trust_remote_code, out
+                )
+                for sentence in outlook.sentences():
+                    out.say(sentence)
+                needs["protection"] = outlook.as_json()
+            out.result({"dry_run": True, "committed": False, **needs})
             return
         opened = _open(home, base, trust_remote_code, out)
         if only_known:
@@ -161,6 +209,7 @@ def update(
             raise
         _show_scores(out, f"{done.edits} edits by {done.method['name']}", done.before, done.after)
         _say_notes(out, done.notes)
+        _say_protection(out, done.protection)
         _say_update(out, home, done)
         out.result(done.as_json())
 
@@ -243,6 +292,7 @@ def show(home: HomeArgument, update_id: IdArgument, as_json: Json = False) -> No
             f"{readable_size(facts['delta']['bytes'])}."
         )
         _say_notes(out, facts["notes"])
+        _say_protection(out, facts.get("protection"), listed=20)
         from unwrite.scores import from_json
 
         _show_scores(
@@ -466,6 +516,8 @@ def compare(
     lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """Methods side by side on the same facts; goes on where it was interrupted.
@@ -476,6 +528,7 @@ def compare(
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
 
+        _log_in(out_folder, out)
         found = api.compare(
             base,
             edits,
@@ -493,6 +546,7 @@ def compare(
             lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
+            executor=_executor(executor, address),
             progress=out,
         )
         _show_comparison(out, found)
@@ -527,12 +581,15 @@ def sweep(
     lm_eval: LmEval = "",
     trust_remote_code: Trust = False,
     device: Device = None,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """One method over all combinations of some settings: trade-offs, with the Pareto front."""
     with _verb(as_json, _RESUMABLE) as out:
         from unwrite import api
 
+        _log_in(out_folder, out)
         found = api.sweep(
             base,
             edits,
@@ -552,6 +609,7 @@ def sweep(
             lm_eval=_words(lm_eval),
             trust_remote_code=trust_remote_code,
             device=device,
+            executor=_executor(executor, address),
             progress=out,
         )
         _show_comparison(out, found)
@@ -563,12 +621,15 @@ app.command()(finetune)
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of a home or of a comparison.", metavar="RUN_OR_HOME")
+        Path,
+        typer.Argument(
+            help="Folder of a home, a comparison or a forgetting matrix.", metavar="FOLDER"
+        ),
     ],
     out_file: Annotated[Path | None, typer.Option("--out", help="File to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about a home or a comparison (default: in its folder)."""
+    """Write one self-contained HTML page about a home, a comparison or a forgetting matrix."""
     with _verb(as_json) as out:
         from unwrite import reporting
 
@@ -682,18 +743,45 @@ def trace(
 def doctor(
     base: Annotated[str | None, typer.Argument(help="A model to plan for.", metavar="BASE")] = None,
     method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
+    ] = None,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="How it will be launched: processes=8, sharded=true, offloaded=true, "
+            "recomputed=true, device=cuda, per_machine=8. May be repeated.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(help="GB of memory of the device it is planned for (default: of this one)."),
+    ] = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Versions, devices, memory and disk; with a model, what an update of it needs."""
+    """Versions, devices, memory and disk; with a model, what an update of it needs.
+
+    For that the configuration of the model is enough: no weights are fetched or read.
+    """
     with _verb(as_json) as out:
         from unwrite import methods as known
         from unwrite import plan
+        from unwrite.footprint import Layout
 
-        chosen = known.build(method or known.DEFAULT, {})
+        chosen = known.build(method or known.DEFAULT, _pairs(settings or []))
+        launched = _pairs(layout or [], "--layout")
         needs = None
         if base is not None:
-            needs = plan.for_model(base, chosen, trust_remote_code=trust_remote_code, progress=out)
+            needs = plan.for_model(
+                base,
+                chosen,
+                layout=known.build_fields(Layout, launched) if launched else None,
+                memory=None if memory is None else int(memory * 1e9),
+                trust_remote_code=trust_remote_code,
+                progress=out,
+            )
         machine = plan.machine()
         out.table("This machine", ("what", "value"), list(machine.items()))
         if needs is not None:
@@ -702,11 +790,21 @@ def doctor(
 
 
 def main() -> None:
-    """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs."""
+    """Entry point. Ctrl-C and SIGTERM unwind like errors, so that every clean-up runs.
+
+    Under ``accelerate launch`` the first process runs the command, and the others follow it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, _terminate)
-    app()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ:
+        # What torch's store has to say of connections is not for people; failures are told below.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from unwrite import processes
+
+        processes.run(app)
+    else:
+        app()
 
 
 # ---- shared by the verbs ---------------------------------------------------------------------
@@ -757,6 +855,14 @@ def _numbers(text: str, option: str) -> list[int]:
         raise BadSetting(f"{option} takes whole numbers with commas, not {text!r}.") from None
 
 
+def _log_in(run: Path, out: Terminal) -> None:
+    """Leave a log in the folder of a comparison, once there is one."""
+    from unwrite.grid import NAME
+
+    folder = user_path(run)
+    out.log_to(folder / LOG, when=folder / NAME)
+
+
 def _show_comparison(out: Terminal, found: Any) -> None:
     """The table for people on standard error, or all rows as JSON."""
     for title, columns, rows in found.summaries():
@@ -776,7 +882,7 @@ def _command() -> str:
 
 def _plan(
     home: Path, base: str | None, facts: Edits, method: Any, trust_remote_code: bool, out: Terminal
-) -> None:
+) -> dict[str, Any]:
     from unwrite import plan
     from unwrite.home import is_home
 
@@ -789,7 +895,32 @@ def _plan(
         name, method, facts, folder=home, trust_remote_code=trust_remote_code, progress=out
     )
     _show_plan(out, needs)
-    out.result({"dry_run": True, "committed": False, **needs.as_json()})
+    return needs.as_json()
+
+
+def _outlook(
+    home: Path,
+    base: str | None,
+    facts: Edits,
+    method: Any,
+    protected: Sequence[Protected],
+    seed: int | None,
+    trust_remote_code: bool,
+    out: Terminal,
+) -> Outlook:
+    """The forecast of a home, or of a model that is to become one."""
+    from unwrite.home import is_home
+
+    if is_home(home):
+        opened = _open(home, base, trust_remote_code, out)
+        return opened.forecast(facts, method, protect=protected, seed=seed)
+    from unwrite import api, methods
+    from unwrite.protection import look_ahead
+
+    if seed is not None:
+        method, _ = methods.replaced(method, "seed", seed)
+    model = api.load(str(base), trust_remote_code=trust_remote_code, progress=out)
+    return look_ahead(model, facts, method, protected)
 
 
 def _show_plan(out: Terminal, needs: Any) -> None:
@@ -816,6 +947,34 @@ def _say_update(out: Terminal, home: Path, done: Any) -> None:
 def _say_notes(out: Terminal, notes: dict[str, Any]) -> None:
     for sentence in notes.get("sentences", []):
         out.say(sentence)
+
+
+def _say_protection(out: Terminal, found: dict[str, Any] | None, listed: int = 0) -> None:
+    """Forecast and truth of protected prompts: in sentences, and the first so many one by one."""
+    if found is None:
+        return
+    for sentence in [*found["forecast"]["sentences"], found["truth"]["sentence"]]:
+        out.say(sentence)
+    if listed and found["prompts"]:
+        out.table(
+            "Protected prompts: forecast without protection, and the truth (changed above margin)",
+            ("prompt", "answer before", "", "", "margin", "forecast", "std", "chance, %", "lost"),
+            [
+                [
+                    row["prompt"],
+                    row["answer"].strip(),
+                    "protected" if row["protected"] else "",
+                    "changed" if row["changed"] else "",
+                    f"{row['margin']:.2f}",
+                    f"{row['expected']:.2f}",
+                    f"{row['std']:.2f}",
+                    f"{100 * row['chance']:.0f}",
+                    f"{row['lost']:.2f}",
+                ]
+                for row in found["prompts"][:listed]
+            ],
+            numbers=5,
+        )
 
 
 def _history_row(entry: dict[str, Any]) -> list[str]:

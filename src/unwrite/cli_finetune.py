@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from unwrite.console import LOG
 from unwrite.errors import BadSetting
+from unwrite.files import user_path
 from unwrite.verb import RESUMABLE, pairs, verb
 
 
 def finetune(
     base: Annotated[str, typer.Argument(help="Folder, built-in name or hub id.", metavar="BASE")],
     task: Annotated[
-        str, typer.Option("--task", help="A JSONL file, or bank:NAME.", metavar="TASK")
+        str, typer.Option("--task", help="A file, bank:NAME or hub:OWNER/NAME.", metavar="TASK")
     ],
     out_folder: Annotated[
         Path, typer.Option("--out", help="The new model's folder.", metavar="FOLDER")
@@ -54,6 +56,8 @@ def finetune(
     with verb(as_json, RESUMABLE) as out:
         from unwrite import finetuning
 
+        run = user_path(out_folder) / "run"
+        out.log_to(run / LOG, when=run / "run.json")
         course, letting = _settings(pairs(settings or []), seed)
         done = finetuning.finetune(
             base,

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from unwrite.console import Terminal
+from unwrite.console import LOG, Terminal
 from unwrite.errors import BadEdits, BadSetting
-from unwrite.files import write_jsonl
-from unwrite.verb import RESUMABLE, pairs, verb, words
+from unwrite.files import user_path, write_jsonl
+from unwrite.verb import RESUMABLE, AddressOption, ExecutorOption, pairs, verb, words
+from unwrite.verb import executor as chosen_executor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +57,20 @@ Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings along.")
 ]
 
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", help="Tasks: 'bank', 'bank:NAME' or a JSONL file.", metavar="TASK"),
+]
+TaskEditsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--edits", help="Edits as tasks, one a relation: a file or 'atlas'.", metavar="FILE"
+    ),
+]
+PairsOption = Annotated[
+    int | None, typer.Option("--limit", help="Learn at most so many pairs a task.")
+]
+
 
 @app.command()
 def collect(
@@ -64,14 +79,8 @@ def collect(
         str | None,
         typer.Option("--base", help="Folder, built-in name or hub id.", metavar="MODEL"),
     ] = None,
-    tasks: Annotated[
-        list[str] | None,
-        typer.Option(help="Tasks: 'bank', 'bank:NAME' or a JSONL file.", metavar="TASK"),
-    ] = None,
-    edits: Annotated[
-        list[str] | None,
-        typer.Option(help="Edits as tasks, one a relation: a file or 'atlas'.", metavar="FILE"),
-    ] = None,
+    tasks: TasksOption = None,
+    edits: TaskEditsOption = None,
     examples: Annotated[
         list[str] | None,
         typer.Option(
@@ -83,7 +92,7 @@ def collect(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Learn at most so many pairs a task.")] = None,
+    limit: PairsOption = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="Record lost right answers (0 or 1) instead.")
     ] = False,
@@ -94,6 +103,8 @@ def collect(
         str | None, typer.Option(help="Which update of --home.", metavar="ID")
     ] = None,
     trust_remote_code: Trust = False,
+    executor: ExecutorOption = "local",
+    address: AddressOption = None,
     as_json: Json = False,
 ) -> None:
     """Learn each task from the base and measure what every example lost; goes on where it was.
@@ -113,9 +124,11 @@ def collect(
             if base is None or not (tasks or edits):
                 raise BadSetting("Collecting needs --base MODEL and --tasks or --edits.")
             from unwrite import api, methods
+            from unwrite.forgetting.collection import BASE as MEASURED
             from unwrite.forgetting.collection import collect as collect_tasks
             from unwrite.forgetting.examples import read_examples
 
+            out.log_to(user_path(folder) / LOG, when=user_path(folder) / MEASURED)
             tuner: Any = methods.build(method, pairs(settings or []))
             to_learn = _tasks(tasks or [], edits or [], limit)
             watched = read_examples(*(examples or ["atlas", "neutral"]))
@@ -128,6 +141,7 @@ def collect(
                 folder,
                 settings=methods.settings_of(tuner),
                 quantity="exact-match" if exact else "log-perplexity",
+                executor=chosen_executor(executor, address),
             )
             matrix, learned, seconds = done.matrix, list(done.learned), dict(done.seconds)
         out.say(
@@ -143,9 +157,12 @@ def show(
     top: Annotated[int, typer.Option(help="How many tasks and examples to list.", min=1)] = 10,
     as_json: Json = False,
 ) -> None:
-    """The matrix in a few numbers: what forgets, what is forgotten, and how simple it all is."""
+    """The matrix in a few numbers: what forgets, what is forgotten, and how simple it all is.
+
+    FOLDER may be a home: its matrix is that of its updates with --protect.
+    """
     with verb(as_json) as out:
-        matrix = _load(folder)
+        matrix = _of_home(folder, out) or _load(folder)
         facts = _facts(matrix, top)
         out.say(
             f"{facts['tasks']} tasks x {facts['examples']} examples of "
@@ -173,11 +190,14 @@ def fit(
     with verb(as_json) as out:
         from unwrite.forgetting import fitting
         from unwrite.forgetting.protocol import Trial
+        from unwrite.forgetting.similarity import models_beside
+        from unwrite.matrix_report import profile_of
 
         matrix = _load(folder)
         names = words(models) if models else None
         trial = Trial(revealed=revealed, seeds=tuple(range(seeds)))
-        verdict = fitting.compare(matrix, names, trial)
+        beside = models_beside(folder, matrix)
+        verdict = fitting.compare(matrix, names, trial, beside=beside)
         fitting.remember(folder, verdict)
         columns = ("rmse", "f1", "precision", "recall", "pr_auc", "lift")
         out.table(
@@ -189,7 +209,7 @@ def fit(
             ],
             numbers=len(columns),
         )
-        _show_profile(out, _profile(matrix))
+        _show_profile(out, profile_of(matrix))
         out.say(f"Best: {verdict.best}; 'forecast' uses it from now on.")
         out.result(
             {
@@ -197,9 +217,48 @@ def fit(
                 "best": verdict.best,
                 "revealed": verdict.trial.revealed,
                 "scores": verdict.scores,
-                "profile": _profile(matrix),
+                "profile": profile_of(matrix),
             }
         )
+
+
+@app.command()
+def features(
+    folder: FolderArgument,
+    base: Annotated[str, typer.Option("--base", help="The base of the matrix.", metavar="MODEL")],
+    kind: Annotated[
+        str, typer.Option(help="hidden, gradient, or semantic (extra: unwrite[semantic]).")
+    ] = "hidden",
+    tasks: TasksOption = None,
+    edits: TaskEditsOption = None,
+    limit: PairsOption = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Say what tasks and examples are about, as vectors: 'fit' then tries what looks alike, too.
+
+    Give the --tasks, --edits and --limit that the matrix was collected with.
+    """
+    with verb(as_json) as out:
+        from unwrite import api
+        from unwrite.forgetting.examples import from_details
+        from unwrite.forgetting.features import make_features
+
+        matrix = _load(folder)
+        learned = _tasks(tasks or [], edits or [], limit)
+        unknown = [name for name in matrix.tasks if name not in learned]
+        if unknown:
+            raise BadSetting(
+                f"The task {unknown[0]!r} of the matrix is not among those given: name all of them."
+            )
+        examples = from_details(matrix.examples, matrix.example_details)
+        model = api.load(base, trust_remote_code=trust_remote_code, progress=out)
+        wanted = {name: learned[name] for name in matrix.tasks}
+        made = make_features(kind, model, wanted, examples)
+        path = made.save(folder, kind)
+        out.say(f"{path} holds vectors from the {made.source}; 'fit' uses them from now on.")
+        out.data(str(path))
+        out.result({"file": str(path), "kind": kind, "source": made.source})
 
 
 @app.command()
@@ -335,6 +394,18 @@ def _load(folder: Path) -> ForgettingMatrix:
     from unwrite.forgetting.matrix import ForgettingMatrix
 
     return ForgettingMatrix.load(folder)
+
+
+def _of_home(folder: Path, out: Terminal) -> ForgettingMatrix | None:
+    """The matrix of a home's own updates; None if the folder is no home."""
+    from unwrite.home import Home, is_home
+
+    if not is_home(folder):
+        return None
+    matrix = Home.open(folder, progress=out).forgetting()
+    if not matrix.examples:
+        raise BadSetting(f"No update of {folder} was made with --protect, so it has no matrix yet.")
+    return matrix
 
 
 def _append(
@@ -480,11 +551,13 @@ def _size(matrix: ForgettingMatrix) -> dict[str, Any]:
 
 
 def _facts(matrix: ForgettingMatrix, top: int) -> dict[str, Any]:
+    from unwrite.matrix_report import profile_of
+
     return {
         **_size(matrix),
         "worst_tasks": _worst(matrix.tasks, matrix.values, top),
         "worst": _worst(matrix.examples, matrix.values.T, top),
-        "profile": _profile(matrix),
+        "profile": profile_of(matrix),
     }
 
 
@@ -497,10 +570,6 @@ def _worst(labels: tuple[str, ...], values: np.ndarray, top: int) -> list[dict[s
     }
     best = sorted(means, key=lambda label: -means[label])[:top]
     return [{"name": label, "mean": means[label]} for label in best]
-
-
-def _profile(matrix: ForgettingMatrix) -> dict[str, Any] | None:
-    return matrix.rank_profile() if len(matrix.tasks) > 1 else None
 
 
 def _pretty(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,8 @@ from unwrite.base import Base
 from unwrite.bench import Bench
 from unwrite.delta import SCRATCH, Delta
 from unwrite.edits import Edit, Edits, read_edits
-from unwrite.errors import BadEdits, BadSetting, UnwriteError
+from unwrite.errors import BadEdits, BadSetting, ProcessFailed, UnwriteError
+from unwrite.executors import Executor
 from unwrite.files import (
     only_writer,
     read_json,
@@ -98,6 +99,7 @@ def compare(
     lm_eval: Sequence[str] = (),
     trust_remote_code: bool = False,
     device: str | None = None,
+    executor: Executor | None = None,
     progress: Reporter | None = None,
 ) -> Comparison:
     """Run every method on every edit set, size and seed, and write the tables into ``out``.
@@ -115,7 +117,8 @@ def compare(
     state again after what may happen to it: ``save-reload``, ``bf16``, ``int8``, ``int4``,
     ``chat``, ``relearn:STEPS`` (see ``unwrite.robustness``; not with single edits). ``lm_eval``:
     tasks of lm-evaluation-harness to run before and after; ``"unwrite"`` for the two that are
-    bundled (needs the extra ``lm-eval``; not with single edits).
+    bundled (needs the extra ``lm-eval``; not with single edits). ``executor``: where cells are
+    computed (default: here, one after the other); the results are the same wherever that is.
 
     What ``out`` has already is not computed again; more methods, seeds, sizes and edit sets may be
     added to it. A method that fails in a cell is noted there, the others go on, and the next call
@@ -157,7 +160,7 @@ def compare(
         facts = {"name": described.name, "fingerprint": described.fingerprint}
         plan = Plan.of(facts, protocol, chosen, sets, seeds, sizes)
         run = _Run(folder, described, source, plan, chosen, sets, progress)
-        run.trust_remote_code, run.device = trust_remote_code, device
+        run.trust_remote_code, run.device, run.executor = trust_remote_code, device, executor
         if fresh:
             run.check()  # bad edits leave nothing
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,11 +209,15 @@ def combinations(
     return found
 
 
+Outcome = tuple[Cell, Exception | None]
+
+
 class _Run:
     """One call of ``compare``: what it asks for, and the model once it is needed."""
 
     trust_remote_code = False
     device: str | None = None
+    executor: Executor | None = None
 
     def __init__(
         self,
@@ -285,32 +292,68 @@ class _Run:
         self._write_tables()
         failures: list[UnwriteError] = []
         bugs: list[Exception] = []
+        finished = self._elsewhere(todo) if self.executor is not None else self._here(todo)
         with self.progress.stage("comparing", len(todo)) as advance:
-            while todo:
-                cell = todo[0]
-                start = self._start(cell)
-                method, _ = methods.replaced(self.chosen[cell.method], "seed", cell.seed or 0)
-                try:
-                    with _seeded(cell.seed or 0, self.bench.model.device):
-                        learn = self._learner(cell, method, todo[1:])
-                        place = self.folder / CELLS / cell.name
-                        cells.compute(place, cell, method, learn, start, self.bench)
-                except OSError:
-                    raise  # of the disk, not of the method: the next cell would fare no better
-                except UnwriteError as error:
+            for cell, error in finished:
+                if isinstance(error, UnwriteError):
                     failures.append(error)
-                    self._note_failure(cell, str(error))
-                except Exception as error:  # noqa: BLE001 -- a night's grid must not end with it
+                elif error is not None:
                     bugs.append(error)
-                    self._note_failure(cell, f"{type(error).__name__}: {error}")
-                todo.pop(0)
-                self._drop_donors(todo)
+                if error is not None:
+                    self._note_failure(cell, error)
                 self._write_tables()
                 advance(1, cell.method)
         if bugs:
             raise bugs[0]
         if failures and len(failures) == len(self.asked.cells):
             raise failures[0]
+
+    def _here(self, todo: Sequence[Cell]) -> Iterator[Outcome]:
+        """Compute cells one after the other in this process."""
+        for number, cell in enumerate(todo):
+            later = todo[number + 1 :]
+            error = self.compute(cell, later)
+            self._drop_donors(later)
+            yield cell, error
+
+    def _elsewhere(self, todo: Sequence[Cell]) -> Iterator[Outcome]:
+        """Have cells computed by workers: their starts first, and those that look at the results of
+        others last."""
+        assert self.executor is not None
+        make = WorkerMaker.of(self)
+        places = {self._start_folder(cell): cell for cell in reversed(todo)}
+        starts = [one for folder, one in places.items() if Start.open(folder) is None]
+        by_name = {cell.name: cell for cell in todo}
+        late = [cell for cell in todo if self._looks_at_others(cell)]
+        early = [cell for cell in todo if cell not in late]
+        for kind, jobs in (("start", starts), ("cell", early), ("cell", late)):
+            work = self.executor.work(make, [(kind, one.name) for one in jobs])
+            with contextlib.closing(work):
+                for (_, name), error in work:
+                    if kind == "cell":
+                        yield by_name[name], error
+                    elif error is not None:
+                        raise error
+
+    def _looks_at_others(self, cell: Cell) -> bool:
+        return isinstance(self.chosen[cell.method], (RandomDelta, RandomMask))
+
+    def compute(self, cell: Cell, later: Sequence[Cell] = ()) -> Exception | None:
+        """Compute one cell; the error that its method failed with, if it did. Raises what is not
+        the method's fault, because the next cell would fare no better."""
+        start = self._start(cell)
+        method, _ = methods.replaced(self.chosen[cell.method], "seed", cell.seed or 0)
+        try:
+            with _seeded(cell.seed or 0, self.bench.model.device):
+                learn = self._learner(cell, method, later)
+                place = self.folder / CELLS / cell.name
+                cells.compute(place, cell, method, learn, start, self.bench)
+        except (OSError, ProcessFailed):
+            raise
+        except Exception as error:  # noqa: BLE001 -- a night's grid must not end with it
+            self.bench.distrust()
+            return error
+        return None
 
     def _write_tables(self) -> None:
         self.tables.write(self.plan)
@@ -330,15 +373,16 @@ class _Run:
     def _is_finished(self, cell: Cell) -> bool:
         return (self.folder / CELLS / cell.name / cells.RESULT).is_file()
 
-    def _note_failure(self, cell: Cell, error: str) -> None:
-        self.bench.distrust()
+    def _note_failure(self, cell: Cell, error: Exception) -> None:
+        expected = isinstance(error, UnwriteError)
+        sentence = str(error) if expected else f"{type(error).__name__}: {error}"
         place = self.folder / CELLS / cell.name
-        self.progress.say(f"{cell.method} on {cell.edits} failed: {error}")
+        self.progress.say(f"{cell.method} on {cell.edits} failed: {sentence}")
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         keys = ("method", "edits", "size", "seed")
         facts = {key: getattr(cell, key) for key in keys}
-        write_json(place / cells.FAILED, {**facts, "id": cell.name, "error": error})
+        write_json(place / cells.FAILED, {**facts, "id": cell.name, "error": sentence})
 
     # ---- starts ------------------------------------------------------------------------------
 
@@ -449,6 +493,63 @@ class _Run:
                 shutil.rmtree(donor)
         with contextlib.suppress(OSError):
             (self.folder / DONORS).rmdir()
+
+
+@dataclass(frozen=True)
+class WorkerMaker:
+    """What a worker of an executor needs to compute cells of a run: sent to it once."""
+
+    folder: Path
+    base: Base
+    source: Source
+    asked: Plan
+    plan: Plan
+    chosen: Mapping[str, Any]
+    sets: Sequence[EditSet]
+    trust_remote_code: bool
+    device: str | None
+
+    @classmethod
+    def of(cls, run: _Run) -> WorkerMaker:
+        """For a run whose plan is written."""
+        return cls(
+            run.folder.resolve(),
+            run.base,
+            run.source,
+            run.asked,
+            run.plan,
+            run.chosen,
+            list(run.sets.values()),
+            run.trust_remote_code,
+            run.device,
+        )
+
+    def __call__(self) -> Callable[[tuple[str, str]], Exception | None]:
+        """A worker: it takes ``("start" or "cell", name of the cell)``."""
+        run = _Worker(
+            self.folder, self.base, self.source, self.asked, self.chosen, self.sets, Silent()
+        )
+        run.plan, run.device = self.plan, self.device
+        run.trust_remote_code = self.trust_remote_code
+        return run.do
+
+
+class _Worker(_Run):
+    """Computes cells for a run that another process leads. It writes into their folders only."""
+
+    def do(self, job: tuple[str, str]) -> Exception | None:
+        """Make the start that a cell needs, or compute the cell."""
+        kind, name = job
+        cell = next(one for one in self.asked.cells if one.name == name)
+        if kind == "start":
+            self._start(cell)
+            return None
+        return self.compute(cell)
+
+    def _values(self, cell: Cell, method: RandomMask, edits: Sequence[Edit]) -> Delta:
+        """Trained anew: workers do not wait for each other."""
+        values: Delta = method.values.delta(self.bench.model, edits)
+        return values
 
 
 class _Told:

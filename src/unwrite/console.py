@@ -8,12 +8,16 @@ control character of it reaches the terminal.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.box import HEAVY_HEAD
 from rich.console import Console, ConsoleOptions
@@ -29,10 +33,17 @@ from rich.table import Table
 from rich.text import Text
 
 from unwrite.formats import hidden
-from unwrite.progress import Advance
+from unwrite.logbook import Logbook
+from unwrite.progress import Advance, Measured
 from unwrite.scores import ROLES, Scores
 
+if TYPE_CHECKING:
+    from unwrite.tracking import Trackers
+
 PLAIN = "UNWRITE_PLAIN"  # set: no lines, bars and colours, as in a pipe
+LOG = "log.txt"  # in the folder of every run
+LOG_FILE = "UNWRITE_LOG_FILE"  # set: everything said goes there, too, with the time
+TRACK = "UNWRITE_TRACK"  # set: names of trackers, with commas, for the figures of training
 PLAIN_EVERY = 10.0  # seconds between progress lines where there is no terminal
 
 
@@ -60,6 +71,31 @@ class Terminal:
             no_color=plain or None,  # None: as NO_COLOR says
         )
         self._bars: Progress | None = None
+        self._logs: list[Logbook] = []
+        self._trackers: Trackers | None = None
+
+    def open(self) -> None:
+        """Open the log file and the trackers that were asked for. Raises ``BadSetting``."""
+        if path := os.environ.get(LOG_FILE):
+            self.log_to(Path(path))
+        if names := os.environ.get(TRACK):
+            self._trackers = _trackers(names)
+
+    def log_to(self, path: Path, when: Path | None = None) -> None:
+        """From here on, write all that is said into a file as well (see ``Logbook``)."""
+        log = Logbook(path, when)
+        log.write(f"$ {harmless(shlex.join(['unwrite', *sys.argv[1:]]), 4000)}")
+        self._logs.append(log)
+
+    def close(self) -> None:
+        """The last word was said: what trackers hold is written."""
+        self._log("")
+        if self._trackers is not None:
+            self._trackers.close()
+
+    def _log(self, text: str) -> None:
+        for log in self._logs:
+            log.write(text)
 
     # ---- for people --------------------------------------------------------------------------
 
@@ -67,15 +103,18 @@ class Terminal:
         """One sentence, or a few lines."""
         for line in sentence.split("\n"):
             self.console.print(Text(harmless(line, 4000)), soft_wrap=True)
+            self._log(harmless(line, 4000))
 
     def warn(self, sentence: str) -> None:
         """One sentence that must not be overlooked."""
         self.console.print(Text(harmless(sentence, 4000), style="bold yellow"), soft_wrap=True)
+        self._log(f"Warning: {harmless(sentence, 4000)}")
 
     def fail(self, sentence: str) -> None:
         """The sentence a command ends with when it could not do what was asked."""
         line = Text("Error: ", style="bold red") + Text(harmless(sentence, 8000), style="not bold")
         self.console.print(line, soft_wrap=True)
+        self._log(line.plain)
 
     def table(
         self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], numbers: int = 0
@@ -86,6 +125,8 @@ class Terminal:
         becomes a few lines of its own: no figure is ever cut.
         """
         lines = [[_cell(cell) for cell in row] for row in rows]
+        if self._logs:
+            self._log(self._as_text(title, columns, lines, numbers))
         framed = [True, False] if self.console.is_terminal else [False]
         for frame in framed:
             table = self._table(title, columns, lines, numbers, frame)
@@ -95,6 +136,14 @@ class Terminal:
                 self.console.print(table)
                 return
         self._stack(title, columns, lines)
+
+    def _as_text(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Text]], numbers: int
+    ) -> str:
+        """A table for a file: plain, and as wide as it takes."""
+        file = Console(file=io.StringIO(), width=400, no_color=True, highlight=False)
+        file.print(self._table(title, columns, rows, numbers, frame=False))
+        return str(file.file.getvalue())  # type: ignore[attr-defined]
 
     def _table(
         self,
@@ -140,10 +189,12 @@ class Terminal:
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        """A progress bar with an estimate on a terminal, a line now and then in a pipe."""
+        """A progress bar with an estimate on a terminal, a line now and then in a pipe and in a log
+        file; figures go to trackers."""
         if not self.console.is_terminal:
-            yield self._plain_stage(title, total)
+            yield self._told(title, _lines(title, total, self.say))
             return
+        noted = _lines(title, total, self._log)
         outermost = self._bars is None
         if outermost:
             self._bars = Progress(
@@ -161,28 +212,30 @@ class Terminal:
         assert bars is not None
         task = bars.add_task(title, total=total, remark="")
         try:
-            yield lambda units, remark: bars.update(task, advance=units, remark=remark)
+
+            def advance(units: int, remark: str) -> None:
+                bars.update(task, advance=units, remark=remark)
+                noted(units, remark)
+
+            yield self._told(title, advance)
         finally:
             bars.remove_task(task)
             if outermost:
                 bars.stop()
                 self._bars = None
 
-    def _plain_stage(self, title: str, total: int) -> Callable[[int, str], None]:
-        started = last = time.monotonic()
-        done = 0
+    def _told(self, title: str, advance: Advance) -> Advance:
+        """The same, with the trackers told of every figure."""
+        trackers = self._trackers
+        if trackers is None:
+            return advance
 
-        def advance(units: int, remark: str) -> None:
-            nonlocal done, last
-            done += units
-            now = time.monotonic()
-            if now - last >= PLAIN_EVERY and done:
-                last = now
-                left = (now - started) * (total - done) / done
-                note = f", {remark}" if remark else ""
-                self.say(f"{title}: {done} of {total}, about {left:.0f} s left{note}")
+        def tracked(units: int, remark: str) -> None:
+            if isinstance(remark, Measured):
+                trackers.log(title, remark)
+            advance(units, remark)
 
-        return advance
+        return tracked
 
     # ---- for programs ------------------------------------------------------------------------
 
@@ -200,6 +253,34 @@ class Terminal:
         if not self.as_json:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+            self._log(line)
+
+
+def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
+    """Progress as a line now and then, with an estimate of what is left."""
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(units: int, remark: str) -> None:
+        nonlocal done, last
+        done += units
+        now = time.monotonic()
+        if now - last >= PLAIN_EVERY and done:
+            last = now
+            left = (now - started) * (total - done) / done
+            note = f", {remark}" if remark else ""
+            say(f"{title}: {done} of {total}, about {left:.0f} s left{note}")
+
+    return advance
+
+
+def _trackers(names: str) -> Trackers:
+    """The trackers asked for, under a name that tells when."""
+    from unwrite import tracking
+
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    run = f"unwrite-{datetime.now():%Y%m%d-%H%M%S}"
+    return tracking.Trackers(chosen, Path(tracking.FOLDER), run)
 
 
 def _cell(value: Any) -> Text:

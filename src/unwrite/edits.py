@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, SupportsIndex, overload
 
+from unwrite import hub
 from unwrite.errors import BadEdits, DamagedFile
 from unwrite.files import write_jsonl
 from unwrite.formats import (
     NATIVE,
     NothingToChange,
+    Record,
     check_text,
     file_name,
     format_of,
@@ -257,9 +259,11 @@ def read_edits(
 ) -> Edits:
     """Read and check edits: a file in any known format, the bundled facts, or edits from Python.
 
-    ``source`` is a path, ``"atlas"`` or ``"atlas:capital,currency"`` for the facts that come with
-    the package, or any iterable of `Edit`. The bare word ``"atlas"`` always means the bundled
-    facts; a file of that name is reached as ``"./atlas"`` or as a ``Path``.
+    ``source`` is a path (of a file, or of a folder that ``datasets`` saved), ``"atlas"`` or
+    ``"atlas:capital,currency"`` for the facts that come with the package, a data set on the hub
+    such as ``"hub:azhx/counterfact:train"`` (see `unwrite.hub`), or any iterable of `Edit`. The
+    bare word ``"atlas"`` always means the bundled facts; a file of that name is reached as
+    ``"./atlas"`` or as a ``Path``.
 
     The whole source is checked, whatever is selected. Native records must be right. In published
     sets, whose faults are not the reader's to mend, a record is left out and reported (in
@@ -276,9 +280,10 @@ def read_edits(
     _check_whole_number(offset, "offset", at_least=0)
     if isinstance(source, str) and source.partition(":")[0] == BUNDLED:
         edits = _read_bundled(source, on_dropped)
+    elif isinstance(source, str) and hub.is_hub(source):
+        edits = _read_hub(source, on_dropped)
     elif isinstance(source, (str, os.PathLike)):
-        path = _path(source)
-        edits = _read_records(read_bytes(path), file_name(path), on_dropped)
+        edits = _read_path(_path(source), on_dropped)
     else:
         edits = _read_memory(source, on_dropped)
     return _select(edits, limit, offset, known_to)
@@ -391,7 +396,7 @@ def _read_bundled(source: str, on_dropped: Report | None) -> Edits:
             f"The bundled facts, {BUNDLED}, are missing from this installation of unwrite: "
             "install it again."
         ) from None
-    edits = _read_records(data, BUNDLED, on_dropped)
+    edits = _read_records(read_records(data, BUNDLED), BUNDLED, on_dropped)
     _, colon, wanted = source.partition(":")
     if not colon:
         return edits
@@ -407,9 +412,27 @@ def _read_bundled(source: str, on_dropped: Report | None) -> Edits:
     return Edits((e for e in edits if e.relation in chosen), name, edits.format, edits.dropped)
 
 
-def _read_records(data: bytes, name: str, on_dropped: Report | None) -> Edits:
-    """All records of one file, which have to be in one format."""
-    records = read_records(data, name)
+def _read_path(path: Path, on_dropped: Report | None) -> Edits:
+    """A file, or a folder with a data set that `datasets` saved."""
+    name = file_name(path)
+    if hub.is_saved(path):
+        return _read_records(hub.only(hub.saved(path), name, f"{name}/"), name, on_dropped)
+    return _read_records(read_records(read_bytes(path), name), name, on_dropped)
+
+
+def _read_hub(text: str, on_dropped: Report | None) -> Edits:
+    source, name = hub.parse(text), printable(text)
+    if source.task is not None:
+        raise BadEdits(f"{name} names a task, and edits have none: leave out #{source.task}.")
+    if source.file is not None:
+        records = read_records(read_bytes(hub.downloaded(source)), name)
+    else:
+        records = hub.only(hub.splits(text, source), name, f"{name}:")
+    return _read_records(records, name, on_dropped)
+
+
+def _read_records(records: Sequence[Record], name: str, on_dropped: Report | None) -> Edits:
+    """All records of one source, which have to be in one format."""
     style = format_of(records[0], name)
 
     def found() -> Iterator[_Found]:

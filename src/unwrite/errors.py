@@ -54,6 +54,10 @@ class NotReproduced(UnwriteError):
     """An update done once more gave other bits than the first time."""
 
 
+class ProcessFailed(TrainingFailed):
+    """One of several processes that train together failed or was lost; the command cannot go on."""
+
+
 class RequirementNotMet(UnwriteError):
     """The update was trained and measured, missed a requirement, and was not committed.
 

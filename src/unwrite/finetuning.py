@@ -24,6 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from unwrite import optimizers, processes
 from unwrite.change import Dense
 from unwrite.delta import SCRATCH, Delta, compose
 from unwrite.errors import BadSetting
@@ -44,9 +45,11 @@ from unwrite.forgetting.penalty import Anchor, BestEpoch
 from unwrite.forgetting.self_generation import Keep, self_generate
 from unwrite.model import Model, Tokens
 from unwrite.observe import perplexity
+from unwrite.optimizers import OptimizerName
+from unwrite.progress import Measured
 from unwrite.scratch import remove_temporaries, sweep_temporary
 from unwrite.tasks import Example, Task, is_right, read_task, read_tasks
-from unwrite.training import Pair, row_losses
+from unwrite.training import Pair, Share, row_losses
 from unwrite.weights import Weights, save_weights
 
 Method = Literal["plain", "graceful", "l2", "ewc", "early"]
@@ -67,13 +70,26 @@ class Course:
     precision: Literal["fp32", "bf16"] = "fp32"
     save_every: int = 500  # optimiser steps between checkpoints
     seed: int = 0
+    accumulate: int = 1  # batches read one after the other for one step
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "lr", "batch_size", "max_grad_norm", "save_every"):
+        for name in ("epochs", "lr", "batch_size", "max_grad_norm", "save_every", "accumulate"):
             if not getattr(self, name) > 0:
                 raise BadSetting(f"{name} must be greater than 0, not {getattr(self, name)}.")
         if not 0 <= self.warmup < 1:
             raise BadSetting(f"warmup is a share of the steps below 1, not {self.warmup}.")
+        if self.optimizer not in optimizers.NAMES:
+            raise BadSetting(
+                f"There is no optimizer {self.optimizer!r}. Optimizers: "
+                f"{', '.join(optimizers.NAMES)}."
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings; those that earlier versions did not know only where they are not at their
+        defaults, so that what was begun then goes on."""
+        later = {"accumulate": 1, "optimizer": "adamw"}
+        return {key: one for key, one in asdict(self).items() if later.get(key) != one}
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,7 @@ class _Run:
             "task": {learn.name: _digest(learn)},
             "forget": {task.name: _digest(task) for task in let_go},
             "method": method,
-            "course": asdict(course),
+            "course": course.as_json(),
             "letting": asdict(letting),
         }
         path = folder / "run.json"
@@ -225,7 +241,7 @@ class _Run:
             "perplexity": {name: one["perplexity"] for name, one in measured.items()},
             "forgotten": forgotten,
             "seconds": self.seconds,
-            "course": asdict(self.course),
+            "course": self.course.as_json(),
             "letting": asdict(self.letting) if self.method != "plain" else None,
         }
         write_atomically(self.folder / "report.md", report(result))
@@ -422,18 +438,37 @@ def learn_task(
 
     The loss is the mean over examples of the mean over their answer tokens. Checkpoints go to
     ``scratch`` and are taken up from there. The model is bitwise unchanged however this ends, and
-    so is the state of all random number generators.
+    so is the state of all random number generators. Several processes divide each batch; raises
+    ``BadSetting`` where they shard the model (FSDP).
     """
+    if processes.shards():
+        raise BadSetting(
+            "finetune trains through transformers' Trainer, which would take the model apart under "
+            "FSDP. Launch without use_fsdp, or teach by 'update', which can shard."
+        )
+    orders = {"examples": examples, "course": course, "scratch": scratch, "callbacks": callbacks}
+    with processes.called_in(model, learn_task, **orders):
+        return _learned_task(model, examples, course, scratch, callbacks)
+
+
+def _learned_task(
+    model: Model,
+    examples: Sequence[Example],
+    course: Course,
+    scratch: Path,
+    callbacks: Sequence[Any],
+) -> Delta:
     from transformers import TrainingArguments
 
     rows = [closed(model, example) for example in examples]
-    steps = -(-len(rows) // course.batch_size) * course.epochs
+    steps = -(-len(rows) // (course.batch_size * course.accumulate)) * course.epochs
     weights = model.weights
     before = {name: weights[name].clone() for name in model.names}
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=course.epochs,
-        per_device_train_batch_size=course.batch_size,
+        per_device_train_batch_size=course.batch_size,  # divided by the loss, see TaskTrainer
+        gradient_accumulation_steps=course.accumulate,
         learning_rate=course.lr,
         lr_scheduler_type="cosine",
         warmup_steps=course.warmup,
@@ -455,15 +490,25 @@ def learn_task(
     with _own_randomness(), contextlib.ExitStack() as clean_up:
         clean_up.callback(_restore, model, before, model.network.training)
         advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
-        trainer = _trainer(model, arguments, rows, [*callbacks, _bar(advance)])
-        checkpoints = sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
+        trainer = _trainer(model, arguments, rows, callbacks, advance, course)
+        checkpoints = processes.told(
+            lambda: sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
+        )
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        trained = model.weights  # anew: with several processes the Trainer moves the parameters
         return Delta.from_changes(
-            {name: Dense((weights[name] - one).cpu()) for name, one in before.items()}
+            {name: Dense((trained[name] - one).cpu()) for name, one in before.items()}
         )
 
 
-def _trainer(model: Model, arguments: Any, rows: list[Tokens], callbacks: list[Any]) -> Any:
+def _trainer(
+    model: Model,
+    arguments: Any,
+    rows: list[Tokens],
+    callbacks: Sequence[Any],
+    advance: Callable[[int, str], None],
+    course: Course,
+) -> Any:
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
 
@@ -471,27 +516,56 @@ def _trainer(model: Model, arguments: Any, rows: list[Tokens], callbacks: list[A
         """The Trainer with this project's loss: logits at answer positions only."""
 
         def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-            return row_losses(model, inputs["sequences"], self.args.device).mean()
+            share = Share.of(len(inputs["sequences"]), slice(None))
+            mine = [inputs["sequences"][row] for row in share.rows]
+            loss = row_losses(model, mine, self.args.device).mean() * share.weight
+            self.latest_loss = loss.detach()
+            return loss
+
+        def get_train_dataloader(self) -> Any:
+            """Every process gets the whole batch and reads its share, so that steps are those of
+            one process."""
+            if processes.count() == 1:
+                return super().get_train_dataloader()
+            from accelerate.data_loader import prepare_data_loader
+
+            whole = torch.utils.data.DataLoader(
+                self.train_dataset,  # type: ignore[arg-type]
+                batch_size=course.batch_size,
+                sampler=self._get_train_sampler(),
+                collate_fn=self.data_collator,
+            )
+            return prepare_data_loader(
+                whole, num_processes=1, process_index=0, use_seedable_sampler=True
+            )
+
+        def create_optimizer(self, *given: Any) -> Any:
+            if course.optimizer != "adamw":
+                trained = [one for one in model.network.parameters() if one.requires_grad]
+                self.optimizer = optimizers.build(course.optimizer, [trained], course.lr)
+                return self.optimizer
+            return super().create_optimizer(*given)
 
     trainer = TaskTrainer(
         model=model.network,
         args=arguments,
         train_dataset=rows,
         data_collator=lambda batch: {"sequences": batch},
-        callbacks=callbacks,
+        callbacks=list(callbacks),
     )
+    trainer.add_callback(_bar(advance, trainer))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _bar(advance: Callable[[int, str], None]) -> Any:
+def _bar(advance: Callable[[int, str], None], trainer: Any) -> Any:
     from transformers import TrainerCallback
 
     class Bar(TrainerCallback):
-        """Tells the project's progress bar of every step."""
+        """Tells the project's progress bar of every step, with the loss of its last batch."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            advance(1, "")
+            advance(1, Measured("loss", float(trainer.latest_loss)))
 
     return Bar()
 

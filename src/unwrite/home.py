@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from unwrite import base as bases
-from unwrite import methods, record, scratch, where
+from unwrite import methods, protection, record, scratch, where
 from unwrite import scores as scoring
 from unwrite.base import Base
 from unwrite.delta import SCRATCH, Delta
@@ -54,12 +54,15 @@ from unwrite.files import (
     sync_folder,
     user_path,
 )
+from unwrite.forgetting.matrix import ForgettingMatrix
 from unwrite.ledger import Entry, Ledger
 from unwrite.measuring import Clock
 from unwrite.model import Model
 from unwrite.observe import Question, observe, perplexity, questions, settle
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Reporter, Silent
+from unwrite.prompts import Protected, once_each
+from unwrite.protection import History, Outlook
 from unwrite.record import Undone, Update
 from unwrite.reproduction import Replayed, differences, environment_changes
 from unwrite.requirements import Requirement, parse
@@ -223,7 +226,7 @@ class Home:
         method: Any = None,
         *,
         require: Mapping[str, float] | Sequence[str] = (),
-        protect: Sequence[str] = (),
+        protect: Sequence[str | Protected] = (),
         why: str = "",
         seed: int | None = None,
         command: str = "",
@@ -234,7 +237,8 @@ class Home:
         ``method``: default ``FullFT()``. ``require``: bounds on the scores after
         (``{"locality": 0.9}`` or ``["locality>=0.9"]``); if one is missed, ``RequirementNotMet`` is
         raised with the measured ``update`` on it and nothing is kept. ``protect``: prompts whose
-        answers must survive. ``command``: how this was called, for the record. ``confirm``: called
+        answers must survive; ``forecast`` says which are endangered, and those are protected while
+        training. ``command``: how this was called, for the record. ``confirm``: called
         with the measured update (``committed`` false, its files in its folder) when only the line
         in the ledger is missing; unless it returns true, ``UpdateDiscarded`` is raised and nothing
         is kept. Inside it, ``model``, ``ask`` and ``before_and_after`` know the update by its id.
@@ -244,13 +248,13 @@ class Home:
         """
         chosen = _edits(edits)
         requirements = parse(require)
-        method = _prepared(method, seed, protect)
+        method, watched = _prepared(method, seed, protect)
         record.check_text(why, "why")
         asked = questions(chosen)
         _check_measurable(requirements, {probe.role for probe in asked})
         with speaking_of_disk(f"update {self.folder}"), only_writer(self.folder):
             self._sweep()
-            return self._update(chosen, method, requirements, asked, why, command, confirm)
+            return self._update(chosen, method, requirements, asked, watched, why, command, confirm)
 
     def _update(
         self,
@@ -258,6 +262,7 @@ class Home:
         method: Any,
         requirements: Sequence[Requirement],
         asked: Sequence[Question],
+        watched: Sequence[Protected],
         why: str,
         command: str,
         confirm: Callable[[Update], bool] | None,
@@ -272,6 +277,10 @@ class Home:
             before = observe(model, probes)
             perplexity_before = perplexity(model)
         with clock.of("train"):
+            outlook = None
+            if watched:
+                outlook = protection.look_ahead(model, edits, method, watched, self._past())
+                method = protection.protecting(method, outlook.endangered)
             delta = method.delta(model, edits)
         notes = record.notes_of(delta)
         settings = methods.settings_of(method)
@@ -304,6 +313,7 @@ class Home:
             with clock.of("observe"):
                 after = observe(model, probes)
                 perplexity_after = perplexity(model)
+                lost = None if outlook is None else outlook.watched.losses(model)
             if not math.isfinite(perplexity_after):
                 raise TrainingFailed(
                     "The updated weights no longer give numbers on neutral text; nothing was "
@@ -322,6 +332,7 @@ class Home:
                 fingerprint=fingerprint,
                 folder=folder,
                 notes=notes,
+                protection=None if outlook is None else outlook.as_json(lost),
             )
             _check_met(update, requirements)
             files = record.write_files(folder, edits, before, after, update, located, command)
@@ -341,6 +352,40 @@ class Home:
             raise
         self._sound.add(name)
         return update
+
+    def forecast(
+        self,
+        edits: str | Path | Sequence[Edit],
+        method: Any = None,
+        *,
+        protect: Sequence[str | Protected],
+        seed: int | None = None,
+    ) -> Outlook:
+        """What an update would do to the prompts in ``protect`` without protection, forecast from a
+        short probe (see the module ``protection``); the home is not changed.
+
+        Raises like ``update``, as far as that comes before training.
+        """
+        chosen = _edits(edits)
+        method, watched = _prepared(method, seed, protect)
+        model = self.model()
+        _check_readable(model, chosen, ())
+        return protection.look_ahead(model, chosen, method, watched, self._past())
+
+    def forgetting(self) -> ForgettingMatrix:
+        """What updates took off the margins of prompts that they watched but did not protect: a
+        row for every update with ``protect``, undone or not. Read from their records."""
+        return self._past().matrix
+
+    def _past(self) -> History:
+        def records() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+            for update, entry in self.ledger.applied.items():
+                if record.PROTECTION in entry["files"]:
+                    facts = {"method": entry["method"]["name"], "edits": entry["edits"]}
+                    yield update, facts, read_json(self._file(entry, record.PROTECTION))
+
+        known = {"base": self.base.fingerprint, "base_name": self.base.name}
+        return History.of(records(), known)
 
     def _check_confirmed(self, update: Update, confirm: Callable[[Update], bool]) -> None:
         self._candidate = replace(update, committed=False)
@@ -510,7 +555,8 @@ class Home:
 
     def show(self, update: str) -> dict[str, Any]:
         """One update: its ledger entry, whether it is live, the ``notes`` of its method, its
-        environment, and where its change lives.
+        environment, where its change lives, and with ``protect`` the forecast and the truth of
+        protected prompts (``protection``).
 
         ``where`` and ``parts`` are those of where.json: rows by block and kind (see the module
         ``where``) of the update's own delta and of those that its method made on the way. ``kinds``
@@ -525,6 +571,11 @@ class Home:
             "live": update in ledger.live(),
             "notes": read_json(self._file(entry, "scores.json")).get("notes", {}),
             "environment": read_json(self._file(entry, "environment.json")),
+            **(
+                {"protection": read_json(self._file(entry, record.PROTECTION))}
+                if record.PROTECTION in entry["files"]
+                else {}
+            ),
             **located,
             "kinds": {name: where.by_kind(rows) for name, rows in where.named(located).items()},
             "reading": where.reading(located["where"], where.own_name(located)),
@@ -699,8 +750,10 @@ def _edits(edits: str | Path | Sequence[Edit]) -> tuple[Edit, ...]:
     return with_ids(read_edits(edits))
 
 
-def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:
-    """The method with seed and protected prompts in every place that takes them."""
+def _prepared(
+    method: Any, seed: int | None, protect: Sequence[str | Protected]
+) -> tuple[Any, tuple[Protected, ...]]:
+    """The method with the seed in every place that takes one; the prompts to watch, each once."""
     method = method if method is not None else methods.build(methods.DEFAULT, {})
     if not hasattr(method, "delta") or not is_dataclass(method) or isinstance(method, type):
         raise BadSetting(
@@ -709,12 +762,16 @@ def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:
         )
     if isinstance(protect, str):
         raise BadSetting("protect is one text where a list of prompts is needed: put it in [ ].")
-    for name, value in (("seed", seed), ("protect", tuple(protect) or None)):
-        if value is not None:
-            method, places = methods.replaced(method, name, value)
-            if places == 0:
-                taken_by = methods.settings_of(method)["name"]
-                raise BadSetting(f"The method {taken_by} takes no {name!r}.")
+    watched = once_each(protect)
+    if watched:
+        protection.check_protects(method)
+        for one in watched:
+            _check_prompt(one.prompt)
+    if seed is not None:
+        method, places = methods.replaced(method, "seed", seed)
+        if places == 0:
+            taken_by = methods.settings_of(method)["name"]
+            raise BadSetting(f"The method {taken_by} takes no 'seed'.")
     settings = methods.settings_of(method)
     try:
         json.dumps(settings, allow_nan=False)
@@ -723,7 +780,7 @@ def _prepared(method: Any, seed: int | None, protect: Sequence[str]) -> Any:
             f"The settings of the method cannot be kept in the ledger: {settings}. Fields are "
             "finite numbers, texts, truth values, lists of these, or methods."
         ) from None
-    return method
+    return method, watched
 
 
 def _check_prompt(prompt: str) -> None:

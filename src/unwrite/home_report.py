@@ -30,6 +30,7 @@ from unwrite.where import percent
 DETAILED = 10  # updates told in full; all others are in the time line
 LINES = 300  # of the time line
 ROW_BYTES = 1_000_000  # of all knowledge diffs together
+PROTECTED, PROMPT = 40, 300  # protected prompts of an update, and characters of one
 NOTES, NOTE = 20, 600  # sentences of a method on its own work, and characters of one
 
 
@@ -58,6 +59,8 @@ def render(home_folder: Path) -> str:
         base=base,
         verdict=sentence,
         remarks=remarks,
+        protected=PROTECTED,
+        length=PROMPT,
         chapters=[_chapter(home_folder, entry, base["places"], budget) for entry in newest],
         undone={entry["of"]: entry for entry in ledger.entries if entry["do"] == "revert"},
         older=len(ledger.applied) - len(newest),
@@ -129,6 +132,7 @@ def _chapter(home: Path, entry: Entry, places: Mapping[str, Any], budget: int) -
         "notes": [plain(sentence, NOTE) for sentence in notes[:NOTES]],
         "more_notes": max(len(notes) - NOTES, 0),
         "groups": knowledge.grouped(knowledge.answers(*rows), budget),
+        "protection": _read(folder, "protection.json", hashes),
         "where": whereabouts(found) if found else None,
         "environment": _read(folder, "environment.json", hashes),
     }

@@ -33,6 +33,7 @@ from unwrite.errors import (
 )
 from unwrite.formats import printable
 from unwrite.pretrained import Source, resolve
+from unwrite.products import multiply_fast
 from unwrite.progress import Reporter, Silent
 from unwrite.scores import is_complete, says
 from unwrite.weights import Weights, fingerprint
@@ -91,18 +92,7 @@ class Skeleton:
 
         Raises ``ModelUnavailable`` when its configuration is not that of a decoder.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
-        from transformers.utils import logging
-
-        with _quiet(logging), _model_errors(source.name):
-            config = AutoConfig.from_pretrained(
-                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            with torch.device("meta"):
-                network = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust_remote_code
-                )
-            network.tie_weights()
+        network = outline(source.name, source.folder, trust_remote_code=trust_remote_code)
         with Weights.from_folder(source.folder) as checkpoint:
             names, aliases = _match_names(network, checkpoint, source.name)
         return cls(names, aliases, Anatomy.of(network))
@@ -147,7 +137,7 @@ class Model:
             if isinstance(name, Source)
             else resolve(name, trust_remote_code=trust_remote_code, on_progress=progress.say)
         )
-        checkpoint = Weights.from_folder(source.folder)  # headers only: damage is said by us
+        Weights.from_folder(source.folder)  # headers only: damage is said by us
         with _quiet(logging), _model_errors(source.name):
             network: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder,
@@ -161,7 +151,25 @@ class Model:
             )
         network.eval()
         network.to(device=device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        names, aliases = _match_names(network, checkpoint, source.name)
+        multiply_fast(network)
+        return cls._of(network, tokenizer, source, progress)
+
+    @classmethod
+    def empty(cls, source: Source, *, trust_remote_code: bool = False) -> Model:
+        """The model of ``source`` on the meta device: no memory, and no weights read. It is to be
+        given weights by somebody who has them (``sharding``)."""
+        from transformers import AutoTokenizer
+
+        network = outline(source.name, source.folder, trust_remote_code=trust_remote_code)
+        with _model_errors(source.name):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        return cls._of(network, tokenizer, source, Silent())
+
+    @classmethod
+    def _of(cls, network: Any, tokenizer: Any, source: Source, progress: Reporter) -> Model:
+        names, aliases = _match_names(network, Weights.from_folder(source.folder), source.name)
         return cls(
             network, tokenizer, source, Anatomy.of(network), names, aliases, progress=progress
         )
@@ -424,6 +432,25 @@ class Model:
         return "position_ids" in inspect.signature(self.network.forward).parameters
 
 
+def outline(name: str, place: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The network that a configuration describes, on the meta device (no memory, no weights read),
+    in fp32 and ready to answer. ``place``: a folder, or a hub id, of which only the configuration
+    is fetched. Raises ``ModelUnavailable`` when it is not that of a decoder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    with _quiet(logging), _model_errors(name):
+        config = AutoConfig.from_pretrained(
+            place, trust_remote_code=trust_remote_code, local_files_only=isinstance(place, Path)
+        )
+        with torch.device("meta"):
+            network: Any = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+        network.tie_weights()
+    return network.eval()
+
+
 @contextlib.contextmanager
 def head_sees(network: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:
     """Within the block, the network's head gets only the hidden states at (rows, columns).
@@ -436,7 +463,8 @@ def head_sees(network: Any, rows: torch.Tensor, columns: torch.Tensor) -> Iterat
         hidden = inputs[0]
         return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *inputs[1:])
 
-    handle = network.get_output_embeddings().register_forward_pre_hook(select)
+    inner = getattr(network, "module", network)  # data parallelism wraps the network
+    handle = inner.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:

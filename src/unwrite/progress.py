@@ -14,6 +14,18 @@ from typing import Protocol
 Advance = Callable[[int, str], None]
 
 
+class Measured(str):
+    """A remark that is a figure, such as "loss 0.123": people read it, trackers draw it."""
+
+    name: str
+    value: float
+
+    def __new__(cls, name: str, value: float) -> Measured:
+        self = super().__new__(cls, f"{name} {value:.3f}")
+        self.name, self.value = name, value
+        return self
+
+
 class Reporter(Protocol):
     """Hears about stages of work and sentences worth telling."""
 

@@ -36,6 +36,7 @@ REQUIRED = {
 BASE_FACTS = ("name", "fingerprint", "sha256")
 DELTA_FACTS = ("tensors", "changed_fraction", "bytes")
 SCORE_FACTS = {one.name for one in fields(Score)}
+PROTECTION = "protection.json"  # forecast and truth of protected prompts
 PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy")
 
 
@@ -57,6 +58,7 @@ class Update:
     folder: Path
     unmet: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)  # what the method says about its delta
+    protection: dict[str, Any] | None = None  # forecast and truth of protected prompts
 
     @property
     def scores(self) -> Scores:
@@ -91,7 +93,12 @@ class Update:
             "fingerprint": self.fingerprint,
             "unmet": list(self.unmet),
             "notes": self.notes,
+            **({} if self.protection is None else {"protection": self._protection_in_short()}),
         }
+
+    def _protection_in_short(self) -> dict[str, Any]:
+        """Forecast and truth without the prompts, which protection.json lists one by one."""
+        return {key: value for key, value in (self.protection or {}).items() if key != "prompts"}
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ def write_files(
     write_json(folder / "where.json", where)
     write_json(folder / "method.json", update.method)
     write_json(folder / "environment.json", environment(command))
-    names = (
+    names = [
         "edits.jsonl",
         "before.jsonl",
         "after.jsonl",
@@ -173,7 +180,10 @@ def write_files(
         "method.json",
         "environment.json",
         "delta/delta.json",
-    )
+    ]
+    if update.protection is not None:
+        write_json(folder / PROTECTION, update.protection)
+        names.append(PROTECTION)
     return {name: sha256_file(folder / name) for name in names}
 
 

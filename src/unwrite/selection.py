@@ -15,12 +15,14 @@ stand for those to come and this is rare. To read a ``LowRank`` change means to 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +49,7 @@ Map = Callable[[Callable[[str], "_Scan"], Iterable[str]], Iterable["_Scan"]]
 class Selection:
     """What ``select`` kept, and of how much."""
 
-    delta: Delta  # ``Masked`` changes in memory; tensors of which nothing was kept are absent
+    delta: Delta  # ``Masked`` changes; tensors of which nothing was kept are absent
     parameters: int  # elements compared: of all tensors in either delta
     survivors: int  # elements of opposite signs; without the sign filter, all
     kept: int
@@ -63,6 +65,7 @@ def select(
     of: Literal["survivors", "all"] = "survivors",
     keep: Literal["new", "difference"] = "new",
     conflict: bool = True,
+    scratch: Path | None = None,
 ) -> Selection:
     """The part of ``new`` that contradicts ``old`` most: ``f(D_new, D_old, T)``, METHODS 3.1 (6).
 
@@ -80,9 +83,10 @@ def select(
     Raises ``BadSetting`` for a setting that does not exist, ``TensorMismatch`` for deltas of
     different bases or shapes. Holds two tensors of each delta and the result (a bit an element and
     4 bytes an element kept); besides, 16 bytes for each survivor in doubt, which are a fraction of
-    the kept ones unless almost all scores are equal.
+    the kept ones unless almost all scores are equal. With ``scratch``, a folder, the result waits
+    in files there, which its delta reads one tensor at a time: they must stay as long as it.
     """
-    task = _Task(old, new, top, scope, of, keep, conflict)
+    task = _Task(old, new, top, scope, of, keep, conflict, scratch)
     provenance = (new - old).provenance  # refuses deltas of different bases
     names = tuple(dict.fromkeys((*new.names, *old.names)))
     with ThreadPoolExecutor(THREADS, thread_name_prefix="select") as threads:
@@ -90,8 +94,9 @@ def select(
             parts = [_select_among(names, task, threads.map)]
         else:
             parts = list(threads.map(lambda name: _select_among([name], task, map), names))
+    owner = {name: part.delta for part in parts for name in part.delta}
     return Selection(
-        Delta.from_changes(dict(item for part in parts for item in part.delta.items()), provenance),
+        Delta(owner, lambda name: owner[name][name], provenance),
         sum(part.parameters for part in parts),
         sum(part.survivors for part in parts),
         sum(part.kept for part in parts),
@@ -110,6 +115,7 @@ class _Task:
     of: str
     keep: str
     conflict: bool
+    scratch: Path | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.top <= 1:
@@ -150,10 +156,10 @@ def _select_among(names: Sequence[str], task: _Task, spread: Map) -> Selection:
 
     def first(name: str) -> _Scan:
         shape, old, new = task.read(name)
-        return _scan(shape, old, new, sample.add(old, new), task)
+        return _put_away(name, _scan(shape, old, new, sample.add(old, new), task), task)
 
     def again(name: str) -> _Scan:
-        return _scan(*task.read(name), bracket, task)
+        return _put_away(name, _scan(*task.read(name), bracket, task), task)
 
     order = random.Random(0).sample(names, len(names))
     scans = dict(zip(order, spread(first, order), strict=True))
@@ -169,14 +175,32 @@ def _select_among(names: Sequence[str], task: _Task, spread: Map) -> Selection:
         threshold = _threshold(scans.values(), wanted)
 
     spare = wanted - sum(scan.above(threshold) for scan in scans.values())  # for ties
-    changes = {}
+    tied: dict[str, int] = {}
     for name in names:
-        scan = scans.pop(name)
+        scan = scans[name]
         ties = min(spare, int(np.count_nonzero(scan.scores == threshold)))
         spare -= ties
         if scan.above(threshold) + ties:
-            changes[name] = scan.masked(threshold, ties)
-    return Selection(Delta.from_changes(changes), parameters, survivors, wanted, threshold)
+            tied[name] = ties
+    if task.scratch is None:  # a scan is let go as soon as it is made into its change
+        chosen = Delta.from_changes({n: scans.pop(n).masked(threshold, tied[n]) for n in tied})
+    else:
+        chosen = Delta(tied, lambda name: scans[name].masked(threshold, tied[name]))
+    return Selection(chosen, parameters, survivors, wanted, threshold)
+
+
+def _put_away(name: str, scan: _Scan, task: _Task) -> _Scan:
+    """The same with its large parts in files, if there is a place for them: mapped, and read from
+    there when they are needed."""
+    if task.scratch is None:
+        return scan
+    stem = hashlib.sha256(name.encode("utf-8")).hexdigest()[:32]
+    mapped = {}
+    for part in ("bits", "values"):
+        file = task.scratch / f"{stem}.{part}.npy"
+        np.save(file, getattr(scan, part))
+        mapped[part] = np.load(file, mmap_mode="c") if getattr(scan, part).size else np.load(file)
+    return replace(scan, **mapped)
 
 
 class _Sample:
@@ -246,14 +270,15 @@ class _Scan:
         """The candidates above the threshold, and the first ``ties`` of those at it."""
         gone = self.scores < threshold
         gone[np.flatnonzero(self.scores == threshold)[ties:]] = True
-        values = self.values
+        bits, values = self.bits, self.values
         if gone.any():
             stays = np.ones(len(values), np.bool_)
             stays[self.ranks[gone]] = False
             values = values.compress(stays)
             places = self.places[gone]
-            np.subtract.at(self.bits, places // 8, np.left_shift(1, places % 8).astype(np.uint8))
-        return Masked(self.shape, torch.from_numpy(self.bits), torch.from_numpy(values))
+            bits = np.array(bits)  # asked again, the candidates are still all there
+            np.subtract.at(bits, places // 8, np.left_shift(1, places % 8).astype(np.uint8))
+        return Masked(self.shape, torch.from_numpy(bits), torch.from_numpy(values))
 
 
 def _threshold(scans: Iterable[_Scan], wanted: int) -> float:

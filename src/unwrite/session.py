@@ -428,6 +428,8 @@ class Session:
 
 
 def _measured(update: Update) -> dict[str, Any]:
+    found = update.protection
+    protected = [*found["forecast"]["sentences"], found["truth"]["sentence"]] if found else []
     return {
         "id": update.id,
         "committed": update.committed,
@@ -435,7 +437,7 @@ def _measured(update: Update) -> dict[str, Any]:
         "rows": score_rows(update.before, update.after),
         "perplexity": update.perplexity,
         "seconds": update.seconds,
-        "notes": [plain(one, 600) for one in update.notes.get("sentences", [])[:20]],
+        "notes": [plain(one, 600) for one in (*update.notes.get("sentences", [])[:20], *protected)],
     }
 
 

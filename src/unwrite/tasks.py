@@ -6,8 +6,10 @@ A task is read from a JSONL file in one of three forms, or is one of the bundled
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
     {"prompt": "The plural of mouse is", "completion": "mice"}
 
-Whatever the form, an ``Example`` is a prompt that the model continues and the answer wanted. How a
-free generation is judged is here as well (``is_right``), so that no model is needed for it.
+Published forms (GSM8K, QASC, MMLU and others, see ``unwrite.task_forms``) are read as they are,
+from a file or from the hub. Whatever the form, an ``Example`` is a prompt that the model continues
+and the answer wanted. How a free generation is judged is here as well (``is_right``), so that no
+model is needed for it.
 """
 
 from __future__ import annotations
@@ -20,9 +22,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from unwrite import hub, task_forms
 from unwrite.errors import BadEdits, BadSetting, BadTask
 from unwrite.files import user_path
-from unwrite.formats import check_text, file_name, kind, read_bytes, read_records, spaced
+from unwrite.formats import (
+    Record,
+    check_text,
+    file_name,
+    kind,
+    printable,
+    read_bytes,
+    read_records,
+    spaced,
+)
 
 BUNDLED = "bank"
 TEST_SHARE = 0.25  # of the examples of a task whose file does not say which are for testing
@@ -55,6 +67,9 @@ def read_tasks(
 ) -> list[Task]:
     """All tasks of a JSONL file, or bundled ones: ``bank``, ``bank:plurals``, ``bank:dates,roman``.
 
+    Also of a folder that ``datasets`` saved and of a data set of the hub (``hub:allenai/qasc``, see
+    ``unwrite.hub``), whose own splits are kept unless the source names one.
+
     Records of one file belong together by their ``task`` (default: the name of the file). Records
     with a ``split`` ("train" or "test") keep it; of a task without any, ``TEST_SHARE`` go to the
     test split, chosen by ``seed``, and equal prompts stay together. ``limit`` cuts the training
@@ -67,6 +82,8 @@ def read_tasks(
     text = str(source)
     if text == BUNDLED or text.startswith(f"{BUNDLED}:"):
         named = _bundled(text, seed)
+    elif hub.is_hub(text):
+        named = _read_hub(text, labelled)
     else:
         named = _read(user_path(source), labelled)
     tasks = [_divided(name, examples, seed) for name, examples in named.items()]
@@ -175,25 +192,89 @@ def _bundled(source: str, seed: int) -> dict[str, list[Example]]:
 def _read(path: Path, labelled: bool) -> dict[str, list[Example]]:
     name = file_name(path)
     try:
+        if hub.is_saved(path):
+            return _of_splits(hub.saved(path), name, path.stem, labelled)
         records = read_records(read_bytes(path, "a task"), name, FORM)
     except BadEdits as error:
         raise BadTask(str(error)) from None
-    tasks: dict[str, list[Example]] = {}
-    for record in records:
-        try:
-            example = _example(record.values, path.stem, labelled)
-        except BadEdits as error:
-            raise BadTask(f"{name}, {record.place}: {error}") from None
-        tasks.setdefault(example.task, []).append(example)
+    return _grouped(records, name, path.stem, labelled)
+
+
+def _read_hub(text: str, labelled: bool) -> dict[str, list[Example]]:
+    name = printable(text)
+    try:
+        source = hub.parse(text)
+        default = source.name.rpartition("/")[2]
+        if source.file is not None:
+            records = read_records(read_bytes(hub.downloaded(source), "a task"), name, FORM)
+            tasks = _grouped(records, name, Path(source.file).stem, labelled)
+        else:
+            tasks = _of_splits(hub.splits(text, source), name, default, labelled)
+    except BadTask:
+        raise
+    except BadEdits as error:
+        raise BadTask(str(error)) from None
+    if source.task is None:
+        return tasks
+    if source.task not in tasks:
+        raise BadTask(f"{name} has no such task: its tasks are {', '.join(list(tasks)[:40])}.")
+    return {source.task: tasks[source.task]}
+
+
+def _of_splits(
+    found: hub.Splits, name: str, default: str, labelled: bool
+) -> dict[str, list[Example]]:
+    """The training split of a data set, and the first of test and validation that has answers."""
+    if len(found) == 1:
+        return _grouped(hub.only(found, name, f"{name}:"), name, default, labelled)
+    if not found.get("train"):
+        raise BadTask(
+            f"{name} has the splits {', '.join(found)} and no train among them: name one, as "
+            f"{name}:{next(iter(found))}."
+        )
+    tasks = _grouped(found["train"], name, default, labelled, "train")
+    for split in ("test", "validation"):
+        records = found.get(split)
+        if records and _is_answered(records[0], name):
+            for task, examples in _grouped(records, name, default, True, "test").items():
+                tasks.setdefault(task, []).extend(examples)
+            break
     return tasks
 
 
+def _grouped(
+    records: Sequence[Record], name: str, default: str, labelled: bool, split: Split | None = None
+) -> dict[str, list[Example]]:
+    """The examples of records by task; ``split`` is theirs, where the source divides them."""
+    tasks: dict[str, list[Example]] = {}
+    for record in records:
+        try:
+            example = _example(record.values, default, labelled)
+        except BadEdits as error:
+            raise BadTask(f"{name}, {record.place}: {error}") from None
+        tasks.setdefault(example.task, []).append(replace(example, split=split or example.split))
+    return tasks
+
+
+def _is_answered(record: Record, name: str) -> bool:
+    """Whether a record of a test split comes with its answer: some are kept back."""
+    (examples,) = _grouped([record], name, "test", labelled=False).values()
+    return bool(examples[0].answer)
+
+
 def _example(values: Mapping[str, Any], task: str, labelled: bool) -> Example:
+    named = values.get("task")
     if "messages" in values:
         prompt, answer = _chat(values["messages"], labelled)
     elif "prompt" in values:
         prompt = check_text(values["prompt"], "prompt")
         answer = _answer(values, "completion", labelled)
+    elif "output" not in values and (form := task_forms.form_of(values)) is not None:
+        asked = form.read(values)
+        prompt, answer = prompt_of(asked.instruction, asked.input), asked.answer
+        if labelled and not answer:
+            raise BadTask("the answer is missing: a task to learn needs one.")
+        named = asked.task or named
     elif "instruction" in values or "input" in values:
         parts = [
             check_text(values.get(key) or "", key, may_be_blank=True)
@@ -206,12 +287,13 @@ def _example(values: Mapping[str, Any], task: str, labelled: bool) -> Example:
         keys = ", ".join(repr(key)[:80] for key in list(values)[:8]) or "none"
         raise BadTask(
             f"no known form (its keys: {keys}): write `instruction`, `input` and `output`; or "
-            "`messages`; or `prompt` and `completion`."
+            "`messages`; `prompt` and `completion`; or the form of "
+            f"{', '.join(form.data_sets for form in task_forms.FORMS)}."
         )
     split = values.get("split")
     if split not in (None, "train", "test"):
         raise BadTask(f"`split` is {str(split)[:40]!r}: write train or test, or leave it out.")
-    name = check_text(values["task"], "task") if values.get("task") is not None else task
+    name = check_text(named, "task") if named is not None else task
     return Example(prompt, answer, name, split)
 
 

@@ -10,9 +10,14 @@ old and new answers of different length weigh the same (METHODS, decisions). Bat
 the length of the prompts, so that runs on old and on new answers meet the same prompts in the same
 order: only then can their changes be compared weight by weight.
 
-Memory on top of the model: gradients and two AdamW moments (12 bytes a trained weight) and a
-snapshot of the trained tensors (4 bytes). ``fine_tune_adapters`` trains low-rank adapters instead,
-and needs next to nothing on top of the model.
+Memory on top of the model: gradients and two AdamW moments (12 bytes a trained weight; other
+optimisers keep less, see ``optimizers``) and a snapshot of the trained tensors (4 bytes).
+``fine_tune_adapters`` trains low-rank adapters instead, and needs next to nothing on top of the
+model.
+
+Several processes (``processes``) divide each batch among them and make one step together: losses
+and changes are those of one process up to the order of additions. Under FSDP2 (``sharding``)
+weights, gradients and moments are divided, too.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from typing import Any, Literal
 
 import torch
 
+from unwrite import optimizers, processes
 from unwrite.adapters import AdapterShape, Banks, adapted
 from unwrite.allocator import freed_memory_is_kept
 from unwrite.change import Dense
@@ -34,6 +40,9 @@ from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memory
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
+from unwrite.optimizers import OptimizerName
+from unwrite.progress import Measured
+from unwrite.sharding import gathered, sharded
 
 ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
@@ -56,7 +65,9 @@ class Recipe:
     how many of the bundled neutral sentences may stand before a prompt (each row is bare in every
     other epoch; 0 for none). ``protect``: prompts on which the KL divergence from the state before
     is penalised with ``protect_weight``, on the network's own answers. ``precision="bf16"``
-    multiplies matrices in bf16 with fp32 master weights.
+    multiplies matrices in bf16 with fp32 master weights. ``accumulate``: a step is made on so many
+    batches of ``batch_size`` rows, read one after the other: the step is that of one batch with all
+    of these rows, the memory that of one with a few. ``optimizer``: see ``optimizers``.
     """
 
     epochs: int = 20
@@ -69,14 +80,31 @@ class Recipe:
     protect_weight: float = 2.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = 0
+    accumulate: int = field(default=1, metadata={"later": True})
+    optimizer: OptimizerName = field(default="adamw", metadata={"later": True})
 
     def __post_init__(self) -> None:
-        positive = {"epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size}
+        positive = {
+            "epochs": self.epochs,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+            "accumulate": self.accumulate,
+        }
         for name, value in positive.items():
             if not value > 0:
                 raise BadSetting(f"{name} must be greater than 0, not {value}.")
         if not self.max_grad_norm > 0 or not self.protect_weight >= 0 or self.contexts < 0:
             raise BadSetting("max_grad_norm must be positive, protect_weight and contexts >= 0.")
+        if self.optimizer not in optimizers.NAMES:
+            raise BadSetting(
+                f"There is no optimizer {self.optimizer!r}. Optimizers: "
+                f"{', '.join(optimizers.NAMES)}."
+            )
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows on which an optimiser step is made."""
+        return self.batch_size * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -138,31 +166,85 @@ def fine_tune(
     start = start or Delta.nothing()
     start.check_fits(model.weights)
     started = time.perf_counter()
-    guard = _Protection.of(model, recipe)
-    delta: dict[str, Dense] = {}
-    with contextlib.ExitStack() as clean_up:
-        parameters = _parameters(model, trainable)
+    names = tuple(model.trainable(trainable))
+    orders = {
+        "pairs": tuple(pairs),
+        "recipe": recipe,
+        "names": names,
+        "before_training": before_training,
+        "after_step": after_step,
+        "loss": loss,
+    }
+    with (
+        processes.called_in(model, _fine_tune_along, **orders),
+        contextlib.ExitStack() as clean_up,
+    ):
+        guard = _Protection.of(model, recipe)
         clean_up.callback(model.network.requires_grad_, True)
-        before = _snapshot(model, {*parameters, *start})
+        _freeze_others(model, names)
+        # A sharded copy is trained in place of this network.
+        touched = set(start) if processes.shards() else {*names, *start}
+        before = _snapshot(model, touched)
         clean_up.callback(_restore, model, before)
         clean_up.enter_context(_memory_errors(recipe))
         with torch.no_grad():
             for name in start:
                 model.weights[name].add_(start[name].dense().to(model.device))
+        learner, device = sharded(model, names) if processes.shards() else (model, model.device)
+        parameters = {name: learner.parameters[name] for name in names}
         if before_training is not None:
-            before_training(parameters)
+            before_training(_of_this_process(parameters))
         course = _Course(rows, parameters)
-        run = _Run(model, recipe, [course], guard, after_step=after_step, loss=loss)
+        run = _Run(learner, device, recipe, [course], guard, after_step=after_step, loss=loss)
         run.train()
-        for name, parameter in parameters.items():
-            # The optimiser's memory is done with, so the difference goes there: no new memory.
-            room = run.optimizer.state[parameter].get("exp_avg")
-            room = torch.empty_like(before[name]) if room is None else room
-            origin = before[name]
-            if name in start:
-                origin = origin + start[name].dense().to(origin.device)
-            delta[name] = Dense(torch.sub(parameter.detach(), origin, out=room).cpu())
-    return run.result(course, Delta.from_changes(delta), time.perf_counter() - started)
+        if processes.shards():
+            del run.optimizer  # its memory, before whole tensors come together
+            delta = _gathered(learner, model, names)
+        else:
+            delta = _difference(run, course, before, start)
+        return run.result(course, delta, time.perf_counter() - started)
+
+
+def _fine_tune_along(
+    model: Model, pairs: Sequence[Pair], recipe: Recipe, names: Sequence[str], **hooks: Any
+) -> None:
+    """``fine_tune`` in a process that follows; the weights come from the first one."""
+    fine_tune(model, pairs, recipe, trainable=set(names).__contains__, **hooks)
+
+
+def _difference(
+    run: _Run, course: _Course, before: Mapping[str, torch.Tensor], start: Delta
+) -> Delta:
+    """What the trained weights are away from where they started."""
+    changes: dict[str, Dense] = {}
+    for name, parameter in course.parameters.items():
+        # The optimiser's memory is done with, so the difference goes there: no new memory.
+        room = run.optimizer.state[parameter].get("exp_avg")
+        room = torch.empty_like(before[name]) if room is None else room
+        origin = before[name]
+        if name in start:
+            origin = origin + start[name].dense().to(origin.device)
+        changes[name] = Dense(torch.sub(parameter.detach(), origin, out=room).cpu())
+    return Delta.from_changes(changes)
+
+
+@torch.no_grad()
+def _gathered(learner: Model, model: Model, names: Sequence[str]) -> Delta:
+    """What a sharded model learned, in scratch files of the first process: whole tensors come
+    together there one at a time. The other processes get nothing."""
+    whole = gathered(learner, names)
+    if processes.rank() > 0:
+        for _ in whole:
+            pass
+        return Delta.nothing()
+    origin = model.weights
+
+    def read(name: str) -> Dense:
+        came, tensor = next(whole)
+        assert came == name, "tensors are written in the order in which they are gathered"
+        return Dense((tensor.to(origin[name].device) - origin[name]).cpu())
+
+    return Delta(names, read).stored()
 
 
 def fine_tune_adapters(
@@ -186,14 +268,23 @@ def fine_tune_adapters(
     """
     started = time.perf_counter()
     rows = {name: _rows(model, pairs) for name, pairs in courses.items()}
-    guard = _Protection.of(model, recipe)
-    with contextlib.ExitStack() as clean_up:
+    if processes.shards():
+        raise BadSetting(
+            "Adapters are not trained under FSDP: their model is frozen and lies whole in every "
+            "process. Launch without use_fsdp, or use a method that trains all weights (full-ft)."
+        )
+    orders = {"courses": dict(courses), "recipe": recipe, "shape": shape}
+    with (
+        processes.called_in(model, fine_tune_adapters, **orders),
+        contextlib.ExitStack() as clean_up,
+    ):
+        guard = _Protection.of(model, recipe)
         if start is not None and len(start):
             clean_up.enter_context(model.shifted(start))
         clean_up.enter_context(_memory_errors(recipe))
         banks = clean_up.enter_context(adapted(model, list(courses), shape, recipe.seed))
         taught = {name: _Course(rows[name], banks.parameters[name], name) for name in courses}
-        run = _Run(model, recipe, list(taught.values()), guard, banks=banks)
+        run = _Run(model, model.device, recipe, list(taught.values()), guard, banks=banks)
         run.train()
         seconds = time.perf_counter() - started
         return {
@@ -226,6 +317,7 @@ class _Run:
     def __init__(
         self,
         model: Model,
+        device: torch.device,
         recipe: Recipe,
         courses: Sequence[_Course],
         guard: _Protection | None,
@@ -234,18 +326,15 @@ class _Run:
         loss: LossForm = "answer",
         banks: Banks | None = None,
     ) -> None:
-        from accelerate import Accelerator
-
-        self.model, self.recipe, self.courses, self.guard = model, recipe, courses, guard
+        self.model, self.device, self.recipe = model, device, recipe
+        self.courses, self.guard = courses, guard
         self.after_step, self.loss, self.banks = after_step, loss, banks
-        self.accelerator = Accelerator(cpu=model.device.type == "cpu")
-        optimizer = torch.optim.AdamW(
-            [{"params": list(course.parameters.values())} for course in courses],
-            lr=recipe.lr,
-            weight_decay=0.0,
-            fused=True,
+        self.optimizer = optimizers.build(
+            recipe.optimizer, [course.parameters.values() for course in courses], recipe.lr
         )
-        self.network, self.optimizer = self.accelerator.prepare(model.network, optimizer)
+        self.rank, self.processes = processes.rank(), processes.count()
+        self.in_step: Callable[[bool], contextlib.AbstractContextManager[Any]]
+        self.network, self.in_step = _data_parallel(model.network)
         self.random = torch.Generator().manual_seed(recipe.seed)
         self.epoch = 0
         self.learned = False
@@ -261,10 +350,11 @@ class _Run:
         # Dropout stays off (the network is in eval mode): runs on old and on new answers are
         # compared weight by weight, and different masks would be noise in that comparison.
         self.model.network.eval()
-        total = recipe.epochs * math.ceil(len(rows) / recipe.batch_size)
+        total = recipe.epochs * math.ceil(len(rows) / recipe.rows_per_step)
+        alone = self.processes == 1
         with (
             self.model.progress.stage("training", total) as advance,
-            _sparse_embedding(self.model),
+            _sparse_embedding(self.model) if alone else contextlib.nullcontext(),
             freed_memory_is_kept(),
         ):
             while self.epoch < recipe.epochs and not self.learned:
@@ -273,16 +363,31 @@ class _Run:
                     loss = self._step(
                         [[rows[index] for index in batch] for rows in rows_of_courses]
                     )
-                    advance(1, f"loss {loss:.3f}")
+                    advance(1, Measured("loss", loss))
                 self.epoch += 1
                 self.learned = recipe.until == "learned" and self._all_right(self.courses[-1])
 
     def _step(self, batches: Sequence[Sequence[Row]]) -> float:
-        """One optimiser step on one batch a course; returns the loss of the last course."""
-        bf16 = self.recipe.precision == "bf16"
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            losses = self._losses(batches)
-        values = [loss.item() for loss in losses]
+        """One optimiser step on one batch a course; returns the loss of the last course.
+
+        A batch is read in parts of ``batch_size`` rows, and each part by all processes together.
+        """
+        size, guarded = self.recipe.batch_size, self._drawn()
+        parts = math.ceil(max(len(batches[0]), len(guarded)) / size)
+        sums = torch.zeros(len(self.courses), dtype=torch.float64)
+        for part in range(parts):
+            cut = slice(part * size, (part + 1) * size)
+            rows = Share.of(len(batches[0]), cut)
+            asked = Share.of(len(guarded), cut)
+            with self.in_step(part + 1 == parts):
+                with self._multiplying():
+                    losses = self._losses(batches, rows, [guarded[i] for i in asked.rows], asked)
+                sums += torch.tensor([loss.item() for loss in losses], dtype=torch.float64)
+                # The banks of twins share no parameter, so that the gradients of a sum are each
+                # one's own.
+                torch.stack(losses).sum().backward()
+        # Processes average their gradients, so each has multiplied its own by their number.
+        values = (processes.summed(sums) / self.processes).tolist()
         step = len(self.courses[0].losses) + 1
         for value in values:
             if not math.isfinite(value):
@@ -290,37 +395,56 @@ class _Run:
                     f"The loss became {value} at step {step}; nothing was kept. "
                     f"Use a smaller lr (now {self.recipe.lr})."
                 )
-        # The banks of twins share no parameter, so that the gradients of a sum are each one's own.
-        self.accelerator.backward(torch.stack(losses).sum())
         for course, value in zip(self.courses, values, strict=True):
             course.losses.append(value)
-            self.accelerator.clip_grad_norm_(course.parameters.values(), self.recipe.max_grad_norm)
+            trained = list(course.parameters.values())
+            torch.nn.utils.clip_grad_norm_(trained, self.recipe.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.after_step is not None:
             with torch.no_grad():
                 for course in self.courses:
-                    self.after_step(course.parameters, Step(step, self.epoch, values[-1]))
-        return values[-1]
+                    here = _of_this_process(course.parameters)
+                    self.after_step(here, Step(step, self.epoch, values[-1]))
+        return float(values[-1])
 
-    def _losses(self, batches: Sequence[Sequence[Row]]) -> list[torch.Tensor]:
-        """The loss of each course, from one forward pass (and one more for what is protected)."""
-        sizes = [len(batch) for batch in batches]
-        sequences = [tokens for batch in batches for _, tokens in batch]
-        with self._read_by(sizes):
-            per_row = row_losses(self.network, sequences, self.model.device, self.loss)
-        losses = []
-        for batch, part in zip(batches, per_row.split(sizes), strict=True):
-            weights = torch.tensor([pair.weight for pair, _ in batch], device=part.device)
-            losses.append((part * weights).mean())
+    def _multiplying(self) -> contextlib.AbstractContextManager[Any]:
+        bf16 = self.recipe.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def _drawn(self) -> list[int]:
+        """Protected sequences for one step."""
         if self.guard is None:
+            return []
+        return self.guard.draw(self.random, self.recipe.rows_per_step)
+
+    def _losses(
+        self,
+        batches: Sequence[Sequence[Row]],
+        rows: Share,
+        guarded: list[int],
+        asked: Share,
+    ) -> list[torch.Tensor]:
+        """The loss of each course on this process's share of a part, from one forward pass (and
+        one more for what is protected)."""
+        losses = [torch.zeros((), device=self.device) for _ in batches]
+        if rows.rows:
+            mine = [[batch[index] for index in rows.rows] for batch in batches]
+            sequences = [tokens for batch in mine for _, tokens in batch]
+            sizes = [len(rows.rows)] * len(batches)
+            with self._read_by(sizes):
+                per_row = row_losses(self.network, sequences, self.device, self.loss)
+            losses = []
+            for batch, part in zip(mine, per_row.split(sizes), strict=True):
+                weights = torch.tensor([pair.weight for pair, _ in batch], device=part.device)
+                losses.append((part * weights).mean() * rows.weight)
+        if not guarded or self.guard is None:
             return losses
-        chosen = self.guard.draw(self.random, self.recipe.batch_size)
-        with self._read_by([len(chosen)] * len(batches)):
-            divergences = self.guard.divergences(self.network, chosen * len(batches))
+        with self._read_by([len(guarded)] * len(batches)):
+            divergences = self.guard.divergences(self.network, guarded * len(batches), self.device)
         return [
-            loss + self.recipe.protect_weight * part.mean()
-            for loss, part in zip(losses, divergences.split(len(chosen)), strict=True)
+            loss + self.recipe.protect_weight * part.mean() * asked.weight
+            for loss, part in zip(losses, divergences.split(len(guarded)), strict=True)
         ]
 
     def _read_by(self, sizes: Sequence[int]) -> contextlib.AbstractContextManager[None]:
@@ -357,7 +481,7 @@ class _Run:
         rows = self.courses[0].rows
         shuffled = torch.randperm(len(rows), generator=self.random).tolist()
         by_length = sorted(shuffled, key=lambda index: len(rows[index][0].prompt))
-        size = self.recipe.batch_size
+        size = self.recipe.rows_per_step
         batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
         for number in torch.randperm(len(batches), generator=self.random).tolist():
             yield batches[number]
@@ -366,13 +490,58 @@ class _Run:
     def _all_right(self, course: _Course) -> bool:
         """Whether every answer to learn is the argmax now; ends at the first batch that is not."""
         wanted = [tokens for pair, tokens in course.rows if pair.weight > 0]
-        for batch in length_batches([len(tokens.ids) for tokens in wanted], rows=16):
+        batches = length_batches([len(tokens.ids) for tokens in wanted], rows=16)
+        for first in range(0, len(batches), self.processes):
+            # As many forward passes in every process: under FSDP they need each other.
+            group = batches[first : first + self.processes]
+            batch = group[min(self.rank, len(group) - 1)]
             ids, at_rows, columns, targets = pad([wanted[index] for index in batch])
-            with self._read_by([len(batch)]):
-                logits = self.model.logits_at(ids, at_rows, columns)
-            if not torch.equal(logits.argmax(dim=-1).cpu(), targets):
+            with self._read_by([len(batch)]), head_sees(self.model.network, at_rows, columns):
+                output = self.model.network(input_ids=ids.to(self.device), use_cache=False)
+            right = torch.equal(output.logits[0].float().argmax(dim=-1).cpu(), targets)
+            if processes.summed(torch.tensor(0.0 if right else 1.0)) > 0:
                 return False
         return True
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process reads of a part of a batch: the numbers of the rows, and the factor of their
+    mean in the loss of the whole batch, which is the mean over the processes. A process whose share
+    is empty reads a row that counts for nothing, because the others wait for its gradients."""
+
+    rows: list[int]
+    weight: float
+
+    @classmethod
+    def of(cls, total: int, cut: slice) -> Share:
+        part = range(total)[cut]
+        mine = list(part[processes.rank() :: processes.count()])
+        weight = len(mine) / total * processes.count() if total else 0.0
+        return cls(mine or list(part[:1]), weight)
+
+
+def _data_parallel(
+    network: Any,
+) -> tuple[Any, Callable[[bool], contextlib.AbstractContextManager[Any]]]:
+    """The network as it is to be called in training, and a context for each part of a step, told
+    whether it is the last: gradients are averaged over the processes once a step."""
+    if processes.count() == 1 or processes.shards():  # FSDP2 averages what it shards
+        return network, lambda _last: contextlib.nullcontext()
+    from torch.nn.parallel import DistributedDataParallel
+
+    wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return wrapped, lambda last: contextlib.nullcontext() if last else wrapped.no_sync()
+
+
+def _of_this_process(
+    parameters: Mapping[str, torch.nn.Parameter],
+) -> Mapping[str, torch.nn.Parameter]:
+    """The parameters as a hook may change them: under FSDP, the shards of this process."""
+    if not processes.shards():
+        return parameters
+    with torch.no_grad():
+        return {name: one.to_local() for name, one in parameters.items()}  # type: ignore[attr-defined]
 
 
 def _rows(model: Model, pairs: Sequence[Pair]) -> list[Row]:
@@ -473,14 +642,18 @@ class _Protection:
     each of its positions is to stay: KL(before || now). Memory: 4 bytes x vocabulary a position.
     """
 
-    model: Model
     sequences: list[Tokens]
     logprobs: list[torch.Tensor]  # per sequence: (answer tokens, vocabulary), fp32, on the CPU
 
     @classmethod
     def of(cls, model: Model, recipe: Recipe) -> _Protection | None:
+        """What is to be kept, as the model of the first process says it now."""
         if not recipe.protect or recipe.protect_weight == 0:
             return None
+        return processes.told(lambda: cls._of(model, recipe))
+
+    @classmethod
+    def _of(cls, model: Model, recipe: Recipe) -> _Protection | None:
         answers = model.generate(recipe.protect, ANSWER_TOKENS_PROTECTED)
         sequences = [
             model.tokens(prompt, answer)
@@ -496,31 +669,30 @@ class _Protection:
                 logprobs = model.logits_at(ids, rows, columns).log_softmax(dim=-1).cpu()
                 for row, index in enumerate(batch):
                     kept[index] = logprobs[rows == row]
-        return cls(model, sequences, [kept[index] for index in range(len(sequences))])
+        return cls(sequences, [kept[index] for index in range(len(sequences))])
 
     def draw(self, random: torch.Generator, count: int) -> list[int]:
         """``count`` protected sequences for one step, of similar length by neighbourhood."""
         picks = torch.randperm(len(self.sequences), generator=random)[:count]
         return [int(pick) for pick in picks]
 
-    def divergences(self, network: Any, chosen: Sequence[int]) -> torch.Tensor:
+    def divergences(
+        self, network: Any, chosen: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
         """KL(before || now) of each chosen sequence, averaged over its answer: (chosen,)."""
         sequences = [self.sequences[index] for index in chosen]
         ids, rows, columns, _ = pad(sequences)
         with head_sees(network, rows, columns):
-            logits = network(input_ids=ids.to(self.model.device), use_cache=False).logits[0]
+            logits = network(input_ids=ids.to(device), use_cache=False).logits[0]
         now = logits.float().log_softmax(dim=-1)
         before = torch.cat([self.logprobs[index] for index in chosen]).to(now.device)
         divergence = (before.exp() * (before - now)).sum(dim=-1)
         return _mean_by_row(divergence, rows, sequences)
 
 
-def _parameters(
-    model: Model, trainable: Callable[[str], bool] | None
-) -> dict[str, torch.nn.Parameter]:
-    """The parameters to train by file name; all others are frozen until ``fine_tune`` ends."""
-    chosen = model.trainable(trainable)
+def _freeze_others(model: Model, names: Iterable[str]) -> None:
+    """Only the named tensors have gradients until ``fine_tune`` ends."""
     model.network.requires_grad_(False)
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-    return chosen
+    parameters = model.parameters
+    for name in names:
+        parameters[name].requires_grad_(True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,22 @@ from unwrite.console import Terminal
 from unwrite.errors import BadSetting, UnwriteError, is_out_of_memory
 from unwrite.files import speaking_of_disk
 
+if TYPE_CHECKING:
+    from unwrite.executors import Executor
+
+ExecutorOption = Annotated[
+    str,
+    typer.Option(
+        "--executor",
+        help="Where to compute: local, or ray; ray:cpus=4:gpus=1:workers=8 says what a worker "
+        "needs and how many there may be.",
+        metavar="local|ray[:KEY=VALUE...]",
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--address", help="The Ray cluster (default: this machine alone)."),
+]
 COMMITTED = "Nothing is half-done; 'unwrite history' shows what is committed."
 RESUMABLE = "What is finished is kept; the same command goes on from there."
 
@@ -23,6 +39,7 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
     out = Terminal(as_json)
     try:
         with speaking_of_disk("finish this"):
+            out.open()
             yield out
     except UnwriteError as error:
         out.fail(str(error))
@@ -39,6 +56,8 @@ def verb(as_json: bool, interrupted: str = COMMITTED) -> Iterator[Terminal]:
         out.fail(said)
         out.result({"error": said})
         raise typer.Exit(2) from None
+    finally:
+        out.close()
 
 
 def terminate(_signal: int, _frame: Any) -> None:
@@ -52,6 +71,25 @@ def _deafen() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is terminate:
             signal.signal(number, signal.SIG_IGN)
+
+
+def executor(text: str, address: str | None) -> Executor | None:
+    """The executor that the options name; None computes here. Raises ``BadSetting``."""
+    name, *settings = text.split(":")
+    if name == "local":
+        if address is not None or settings:
+            raise BadSetting("--address and settings of workers belong to --executor ray.")
+        return None
+    if name != "ray":
+        raise BadSetting(f"There is no executor {name!r}. Executors: local, ray.")
+    from unwrite.executors import RayExecutor
+    from unwrite.methods import build_fields
+
+    given = pairs(settings, "--executor")
+    if address is not None:
+        given["address"] = address
+    found: Executor = build_fields(RayExecutor, given)
+    return found
 
 
 def words(text: str) -> list[str]:

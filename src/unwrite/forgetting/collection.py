@@ -7,9 +7,10 @@ goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -18,6 +19,7 @@ import numpy as np
 
 from unwrite.delta import Delta
 from unwrite.errors import BadSetting
+from unwrite.executors import Executor
 from unwrite.files import (
     only_writer,
     read_json,
@@ -30,6 +32,7 @@ from unwrite.forgetting.examples import UpstreamExample, from_details
 from unwrite.forgetting.matrix import Array, ForgettingMatrix, is_matrix
 from unwrite.forgetting.measurement import measure, measure_right, settle
 from unwrite.model import Model
+from unwrite.pretrained import Source
 from unwrite.scratch import remove_temporaries
 from unwrite.training import Pair
 
@@ -62,6 +65,7 @@ def collect(
     *,
     settings: Mapping[str, Any] | None = None,
     quantity: Quantity = "log-perplexity",
+    executor: Executor | None = None,
 ) -> Collection:
     """Add a row for every task that the matrix in ``folder`` does not have yet.
 
@@ -69,7 +73,8 @@ def collect(
     in ``base.json``. Examples of which the base gives no number are left out; with
     ``quantity="exact-match"`` so are those that it answers wrongly, and an entry is 1 where the
     answer is wrong after the task, else 0. ``settings`` (JSON) says in the provenance what the
-    tuner is. The model is bitwise unchanged.
+    tuner is. ``executor``: where tasks are learned (default: here, one after the other). The model
+    is bitwise unchanged.
 
     Raises ``BadSetting`` when the folder's matrix is of another model, other examples, another
     tuner or quantity; and what the tuner raises. Memory: the model, and what the tuner holds.
@@ -100,7 +105,7 @@ def collect(
                 numbers = dict(zip(matrix.examples, values.tolist(), strict=True))
                 write_json(path / BASE, {"quantity": quantity, "values": numbers})
                 matrix.save(path)
-            return _grown(path, model, tasks, tuner, identity, quantity, seconds)
+            return _grown(path, model, tasks, tuner, identity, quantity, seconds, executor)
 
 
 def _grown(
@@ -111,6 +116,7 @@ def _grown(
     identity: Mapping[str, Any],
     quantity: Quantity,
     seconds: dict[str, float],
+    executor: Executor | None,
 ) -> Collection:
     """Learn and measure the tasks that the matrix in ``path`` lacks. Only under its lock."""
     matrix = ForgettingMatrix.load(path)
@@ -124,20 +130,78 @@ def _grown(
     base = base_numbers(path, matrix)
     kept = from_details(matrix.examples, matrix.example_details)
     waiting = [name for name in tasks if name not in matrix.tasks]
+    rows = RowMaker.of(model, tuner, kept, base, quantity)
+    jobs = [(name, tuple(tasks[name])) for name in waiting]
     with model.progress.stage("collecting tasks", len(waiting)) as advance:
-        for name in waiting:
-            started = time.perf_counter()
-            delta = tuner.delta(model, tasks[name])
-            learned = time.perf_counter()
-            with model.shifted(delta):
-                row = _change(model, kept, base, quantity)
-            seconds["learn"] += learned - started
-            seconds["measure"] += time.perf_counter() - learned
+        for name, row, took in _in_order(rows, jobs, model, executor):
+            seconds["learn"] += took[0]
+            seconds["measure"] += took[1]
             details = {"pairs": len(tasks[name]), "digest": _digest(tasks[name])}
             matrix = matrix.append(name, row, details)
             matrix.save(path)
             advance(1, name)
     return Collection(matrix, tuple(waiting), seconds)
+
+
+Job = tuple[str, tuple[Pair, ...]]  # a task and what it teaches
+Row = tuple[Array, tuple[float, float]]  # and the seconds of learning and of measuring
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """What a worker of an executor needs to make rows of the matrix: sent to it once."""
+
+    source: Source
+    trust_remote_code: bool
+    tuner: Tuner
+    examples: Sequence[UpstreamExample]
+    base: Array
+    quantity: Quantity
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        tuner: Tuner,
+        examples: Sequence[UpstreamExample],
+        base: Array,
+        quantity: Quantity,
+    ) -> RowMaker:
+        """For rows of the model as its source has it."""
+        trusted = type(model.network).__module__.startswith("transformers_modules")
+        return cls(model.source, trusted, tuner, examples, base, quantity)
+
+    def __call__(self) -> Callable[[Job], Row]:
+        """A worker with a model of its own."""
+        model = Model.load(self.source, trust_remote_code=self.trust_remote_code)
+        return lambda job: self.row(model, job)
+
+    def row(self, model: Model, job: Job) -> Row:
+        """Learn one task and measure what it changed."""
+        started = time.perf_counter()
+        delta = self.tuner.delta(model, job[1])
+        learned = time.perf_counter()
+        with model.shifted(delta):
+            row = _change(model, self.examples, self.base, self.quantity)
+        return row, (learned - started, time.perf_counter() - learned)
+
+
+def _in_order(
+    rows: RowMaker, jobs: Sequence[Job], model: Model, executor: Executor | None
+) -> Iterator[tuple[str, Array, tuple[float, float]]]:
+    """The rows in the order of their tasks, wherever and whenever they are finished."""
+    if executor is None:
+        for job in jobs:
+            yield (job[0], *rows.row(model, job))
+        return
+    early: dict[str, Row] = {}
+    waiting = [name for name, _ in jobs]
+    with contextlib.closing(executor.work(rows, jobs)) as work:
+        for (name, _), row in work:
+            early[name] = row
+            while waiting and waiting[0] in early:
+                first = waiting.pop(0)
+                yield (first, *early.pop(first))
 
 
 def append_update(home: Any, update: str, folder: str | Path) -> ForgettingMatrix:

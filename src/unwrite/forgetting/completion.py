@@ -66,7 +66,7 @@ class Prediction:
         counts, variances = [], []
         for _ in range(draws if self.shared.any() else 1):
             shift = self.shared @ random.standard_normal(self.shared.shape[1])
-            above = _probability_above(self.values + shift - limit, self.noise)
+            above = probability_above(self.values + shift - limit, self.noise)
             counts.append(float(above.sum()))
             variances.append(float((above * (1 - above)).sum()))
         return float(np.mean(counts)), math.sqrt(float(np.var(counts) + np.mean(variances)))
@@ -83,6 +83,20 @@ class Completion(Protocol):
     """A model that can learn from past tasks."""
 
     def fit(self, matrix: ForgettingMatrix) -> Fitted:
+        """Learn from the observed entries of ``matrix``."""
+
+
+class FittedByTask(Protocol):
+    """A model that must be told which task a new row belongs to."""
+
+    def about(self, task: str) -> Fitted:
+        """The model for one task, by its label."""
+
+
+class CompletionByTask(Protocol):
+    """A model that learns from past tasks and knows tasks by their labels."""
+
+    def fit(self, matrix: ForgettingMatrix) -> FittedByTask:
         """Learn from the observed entries of ``matrix``."""
 
 
@@ -294,7 +308,7 @@ def _nanmean(values: Array) -> Array:
     return sums
 
 
-def _probability_above(margin: Array, noise: Array) -> Array:
+def probability_above(margin: Array, noise: Array) -> Array:
     """Probability that margin + noise * standard normal > 0."""
     import torch  # numpy has no error function
 

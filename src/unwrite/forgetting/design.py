@@ -21,8 +21,8 @@ def d_optimal(
     """Positions of the ``count`` examples worth observing, the most telling first.
 
     ``allowed``: choose among these positions only. Every choice adds the example with the largest
-    variance in units of its own noise, which is the largest growth of the determinant, and updates
-    all variances by a rank-one step. Takes count x examples x rank operations.
+    variance in units of its own noise, which is the largest growth of the determinant. Takes
+    count x examples x rank^2 operations.
 
     Raises ``BadSetting`` when there are fewer examples than asked for.
     """
@@ -30,16 +30,15 @@ def d_optimal(
     if not 0 <= count <= len(candidates):
         raise BadSetting(f"{count} examples cannot be chosen from {len(candidates)}.")
     scaled = fitted.space.basis[candidates] / fitted.space.weights[candidates, None]
-    covariance = np.eye(scaled.shape[1]) / fitted.ridge
+    triangle = np.eye(scaled.shape[1]) * np.sqrt(fitted.ridge)  # square root of the precision
     free = np.ones(len(candidates), dtype=bool)
     chosen = []
     for _ in range(count):
-        spread = scaled @ covariance
-        # Rounding can turn the variance of what is known all but exactly negative.
-        variances = np.maximum(np.einsum("jk,jk->j", spread, scaled), 0.0)
-        gains = np.where(free, variances, -1.0)
+        root = np.linalg.solve(triangle.T, scaled.T)  # its squares are never negative
+        gains = np.where(free, np.einsum("kj,kj->j", root, root), -1.0)
         best = int(gains.argmax())
         chosen.append(best)
         free[best] = False
-        covariance = covariance - np.outer(spread[best], spread[best]) / (1 + gains[best])
+        # By QR, because squaring loses half of the digits, and exact data need them.
+        triangle = np.linalg.qr(np.vstack([triangle, scaled[best]]), mode="r")
     return candidates[np.array(chosen, dtype=np.intp)]

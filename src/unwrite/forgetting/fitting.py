@@ -15,7 +15,14 @@ import numpy as np
 
 from unwrite.errors import BadSetting
 from unwrite.files import read_json, user_path, write_json
-from unwrite.forgetting.completion import Additive, Completion, ExampleMean, Random, TaskMean
+from unwrite.forgetting.completion import (
+    Additive,
+    Completion,
+    CompletionByTask,
+    ExampleMean,
+    Random,
+    TaskMean,
+)
 from unwrite.forgetting.factorization import Factorization, NuclearNorm
 from unwrite.forgetting.logistic import LogisticFactorization
 from unwrite.forgetting.matrix import ForgettingMatrix
@@ -70,18 +77,26 @@ def compare(
     names: Sequence[str] | None = None,
     trial: Trial | None = None,
     folds: int = FOLDS,
+    beside: Mapping[str, CompletionByTask] | None = None,
 ) -> Verdict:
     """Play the test with every part of the tasks as the new ones, and average.
 
-    ``names``: default all models for this matrix. ``trial.revealed`` is lowered to a third of the
-    examples where there are few. Raises ``BadSetting`` with fewer than three tasks.
+    ``names``: default all models for this matrix. ``beside``: further baselines that are tried with
+    them but cannot be the best, because they must be told of a task by name (``similarity``).
+    ``trial.revealed`` is lowered to a third of the examples where there are few. Raises
+    ``BadSetting`` with fewer than three tasks.
     """
     if len(matrix.tasks) < 3:
         raise BadSetting(
             f"The matrix has {len(matrix.tasks)} tasks; forecasts can be tried from 3 on. Collect "
             "more tasks."
         )
-    models = {name: model_named(name, matrix) for name in names or models_for(matrix)}
+    others = dict(beside or {})
+    known = [name for name in names or models_for(matrix) if name not in others]
+    models: dict[str, Completion | CompletionByTask] = {
+        name: model_named(name, matrix) for name in known
+    }
+    models |= {name: one for name, one in others.items() if names is None or name in names}
     trial = trial or Trial(revealed=REVEALED, seeds=(0, 1, 2))
     trial = replace(trial, revealed=min(trial.revealed, max(1, len(matrix.examples) // 3)))
     order = np.random.default_rng(0).permutation(len(matrix.tasks))
@@ -89,7 +104,8 @@ def compare(
     by_fold = [evaluate(matrix, models, part, trial=trial) for part in parts]
     rows = [_mean_row(same) for same in zip(*by_fold, strict=True)]
     scores = summary(rows)
-    return Verdict(scores, _best(scores, matrix), trial, len(matrix.tasks))
+    able = {name: found for name, found in scores.items() if name in known} or scores
+    return Verdict(scores, _best(able, matrix), trial, len(matrix.tasks))
 
 
 def remember(folder: str | Path, verdict: Verdict) -> None:

@@ -52,8 +52,9 @@ class GracefulForgetting(TrainerCallback):
     ``answer``, ``confidence``, ``loss_before``, ``loss_after``, ``skipped``.
 
     Works with gradient accumulation, bf16, adapters (what requires a gradient is what forgets) and
-    several processes (DDP: they share the batch and add up their gradients). A resumed run needs
-    the checkpoint that this callback wrote into. Refuses (``BadSetting``) DeepSpeed and FSDP.
+    several processes, which share the batch: DDP, and FSDP2, where the moments of the ascent are
+    sharded like the parameters. A resumed run needs the checkpoint that this callback wrote into.
+    Refuses (``BadSetting``) DeepSpeed and FSDP1.
     """
 
     def __init__(
@@ -149,11 +150,13 @@ class GracefulForgetting(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the moments of the ascent beside what the Trainer saved."""
-        if self.forgets and state.is_world_process_zero:
-            from safetensors.torch import save_file
+        if self.forgets:
+            moments = self._moments()  # in every process: shards come together
+            if state.is_world_process_zero:
+                from safetensors.torch import save_file
 
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            save_file(self._moments(), folder / STATE)
+                folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+                save_file(moments, folder / STATE)
 
     # ---- the unlearning step -----------------------------------------------------------------
 
@@ -194,12 +197,15 @@ class GracefulForgetting(TrainerCallback):
             before = _from_all(mine, own.detach(), len(batch))
             climbing = [loss < cap for loss in before]
             if any(climbing):
-                weights = own.new_tensor([float(climbing[place]) for place in mine])
                 # A process without rows still takes part in adding up the gradients.
-                if mine:
-                    ((own * weights).sum() / sum(climbing)).backward()
-                _add_up(trained)
-                norm = torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm)
+                weights = own.new_tensor([float(climbing[place]) for place in mine] or [0.0])
+                share = (own * weights).sum() / sum(climbing)
+                if _is_sharded(trained):
+                    (share * _processes()[1]).backward()  # the mean over the processes is taken
+                else:
+                    share.backward()
+                    _add_up(trained)
+                norm = _whole(torch.nn.utils.clip_grad_norm_(trained, self.max_grad_norm))
                 if torch.isfinite(norm):
                     self.optimizer.step()
                 else:
@@ -230,13 +236,13 @@ class GracefulForgetting(TrainerCallback):
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def _losses(self, model: Any, batch: Sequence[int]) -> tuple[list[int], torch.Tensor]:
-        """The places in the batch that are this process's, and the losses of the examples there."""
+        """The places in the batch that are this process's, and the losses of the examples there;
+        of the first example where there are none, because shards need every process's pass."""
         rank, world = _processes()
         places = list(range(rank, len(batch), world))
         device = next(model.parameters()).device
-        if not places:
-            return [], torch.zeros(0, device=device)
-        return places, row_losses(model, [self.sequences[batch[one]] for one in places], device)
+        read = [self.sequences[batch[one]] for one in places or [0]]
+        return places, row_losses(model, read, device)
 
     # ---- resuming ----------------------------------------------------------------------------
 
@@ -271,7 +277,7 @@ class GracefulForgetting(TrainerCallback):
         for number, parameter in enumerate(trained):
             for name, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    moments[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                    moments[f"{number}.{name}"] = _whole(value.detach()).cpu().contiguous()
         return moments
 
     def _restore(self, moments: dict[str, torch.Tensor]) -> None:
@@ -281,7 +287,7 @@ class GracefulForgetting(TrainerCallback):
             number, dot, name = key.partition(".")
             if dot:
                 parameter = trained[int(number)]
-                place = value if name == "step" else value.to(parameter.device)
+                place = value if name == "step" else _placed_like(parameter, value)
                 self.optimizer.state[parameter][name] = place
 
 
@@ -299,12 +305,34 @@ def _refuse_sharding(args: Any, model: Any) -> None:
             "a callback never sees it, so the ascent would miss the sharded weights. Use DDP "
             "(torchrun or accelerate launch without DeepSpeed), or a LoRA adapter on one device."
         )
-    sharded = any(type(one).__name__ in ("DTensor", "FlatParameter") for one in model.parameters())
-    if getattr(args, "fsdp", None) or sharded:
+    parameters = list(model.parameters())
+    flat = any(type(one).__name__ == "FlatParameter" for one in parameters)
+    if flat or (getattr(args, "fsdp", None) and not _is_sharded(parameters)):
         raise BadSetting(
-            "GracefulForgetting cannot run under FSDP yet: the ascent works on whole parameters, "
-            "and these are sharded over the processes. Use DDP, or a LoRA adapter on one device."
+            "GracefulForgetting cannot run under FSDP1: the ascent works on parameters, and these "
+            "are flattened there. Use FSDP2 (fsdp_version: 2), DDP, or a LoRA adapter."
         )
+
+
+def _is_sharded(parameters: Sequence[Any]) -> bool:
+    """Whether parameters are spread over the processes, as FSDP2 does it."""
+    return any(hasattr(one, "full_tensor") for one in parameters)
+
+
+def _whole(tensor: Any) -> torch.Tensor:
+    """A tensor whose shards, if it has any, are brought together in every process."""
+    whole: torch.Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def _placed_like(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """A whole tensor where the parameter is, spread like it."""
+    there = value.to(parameter.device)
+    if not hasattr(parameter, "full_tensor"):
+        return there
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements)
 
 
 def _precision(args: Any, model: Any) -> contextlib.AbstractContextManager[Any]:
@@ -323,7 +351,7 @@ def _processes() -> tuple[int, int]:
 def _from_all(places: Sequence[int], values: torch.Tensor, size: int) -> list[float]:
     """Values of a batch of ``size`` examples of which each process has computed some."""
     whole = torch.zeros(size, dtype=torch.float32, device=values.device)
-    whole[list(places)] = values.float()
+    whole[list(places)] = values[: len(places)].float()
     if _processes()[1] > 1:
         torch.distributed.all_reduce(whole)
     return [float(one) for one in whole]

@@ -6,7 +6,7 @@ logits of a batch live on the device for one forward pass and leave it as one nu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -33,27 +33,35 @@ def measure(model: Model, examples: Sequence[UpstreamExample]) -> Array:
     and ``ValueError`` for one without an answer (``settle`` it on the model before).
     """
     sequences = [_tokens(model, example) for example in examples]
-    if not sequences:
-        return np.empty(0)
-    # Plain text needs the logits of nearly every position, a short answer of a few.
-    share = max(len(tokens.targets) / len(tokens.ids) for tokens in sequences)
-    most = LOGIT_BYTES // (4 * model.network.config.get_text_config().vocab_size)
-    positions = max(1, min(POSITIONS_PER_BATCH, int(most / share)))
-    means = torch.empty(len(sequences), dtype=torch.float64, device=_number_device(model))
-    lengths = [len(tokens.ids) for tokens in sequences]
-    with model.progress.stage("measuring examples", len(sequences)) as advance:
-        for batch in length_batches(lengths, positions=positions):
-            chosen = [sequences[index] for index in batch]
-            ids, rows, columns, targets = pad(chosen)
-            logits = model.logits_at(ids, rows, columns)
-            losses = torch.nn.functional.cross_entropy(
-                logits, targets.to(logits.device), reduction="none"
-            ).to(means.device, means.dtype)
-            counts = torch.tensor([len(tokens.targets) for tokens in chosen], device=means.device)
-            sums = means.new_zeros(len(batch)).index_add(0, rows.to(means.device), losses)
-            means[torch.tensor(batch, device=means.device)] = sums / counts
-            advance(len(batch), "")
-    found: Array = means.cpu().numpy()
+    found = np.full(len(sequences), np.nan)
+    for batch, rows, logits, targets in _answer_logits(model, sequences):
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        counts = torch.tensor([len(sequences[index].targets) for index in batch])
+        sums = _zeros(model, len(batch))
+        sums.index_add_(0, rows.to(sums.device), losses.to(sums.device, sums.dtype))
+        found[batch] = sums.cpu().numpy() / counts.numpy()
+    return np.where(np.isfinite(found), found, np.nan)
+
+
+@torch.no_grad()
+def measure_margins(model: Model, examples: Sequence[UpstreamExample]) -> Array:
+    """By how much the model prefers the answer of every example, float64 (examples,), in the order
+    given: the least difference, over the answer's tokens, between the logit of the token and the
+    largest of all others. NaN where the model gives no number.
+
+    The model gives the answer by itself, greedily, exactly where this is above 0. What an update
+    takes off the margin is its ``"margin"`` in a forgetting matrix. Memory and errors are those of
+    ``measure``.
+    """
+    sequences = [_tokens(model, example) for example in examples]
+    found = np.full(len(sequences), np.nan)
+    for batch, rows, logits, targets in _answer_logits(model, sequences):
+        best, at = logits.topk(2, dim=-1)
+        rival = torch.where(at[:, 0] == targets, best[:, 1], best[:, 0])
+        margins = logits.gather(1, targets[:, None])[:, 0] - rival
+        least = torch.full((len(batch),), torch.inf, dtype=margins.dtype, device=margins.device)
+        least.scatter_reduce_(0, rows.to(margins.device), margins, "amin")
+        found[batch] = least.double().cpu().numpy()
     return np.where(np.isfinite(found), found, np.nan)
 
 
@@ -101,6 +109,27 @@ def _tokens(model: Model, example: UpstreamExample) -> Tokens:
     return Tokens(tuple(ids), 1)
 
 
-def _number_device(model: Model) -> torch.device:
-    """Where the one number a row is kept: on the device, unless it has no double precision."""
-    return torch.device("cpu") if model.device.type == "mps" else model.device
+def _answer_logits(
+    model: Model, sequences: Sequence[Tokens]
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Batch by batch: numbers of its sequences, then for every answer token its row in the batch,
+    the logits before it (answer tokens, vocabulary), fp32, and its id, both on the device."""
+    if not sequences:
+        return
+    # Plain text needs the logits of nearly every position, a short answer of a few.
+    share = max(len(tokens.targets) / len(tokens.ids) for tokens in sequences)
+    most = LOGIT_BYTES // (4 * model.network.config.get_text_config().vocab_size)
+    positions = max(1, min(POSITIONS_PER_BATCH, int(most / share)))
+    lengths = [len(tokens.ids) for tokens in sequences]
+    with model.progress.stage("measuring examples", len(sequences)) as advance:
+        for batch in length_batches(lengths, positions=positions):
+            ids, rows, columns, targets = pad([sequences[index] for index in batch])
+            logits = model.logits_at(ids, rows, columns)
+            yield batch, rows, logits, targets.to(logits.device)
+            advance(len(batch), "")
+
+
+def _zeros(model: Model, count: int) -> torch.Tensor:
+    """Where one number a row is summed: in double on the device, or beside it if it has none."""
+    device = torch.device("cpu") if model.device.type == "mps" else model.device
+    return torch.zeros(count, dtype=torch.float64, device=device)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from unwrite import products
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 
 POSITIONS_PER_BATCH = 1024  # positions (rows x length): bounds what a batch holds
@@ -136,6 +137,16 @@ class Gradients:
             second[example] += (change * quadratic[rows_of]).sum()
             third[example] += change.sum()
         return first, second, third
+
+    def sketches(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """``left^T G right`` of every example, (batch, k, l), for a gradient ``G`` (p, q) that is
+        made of products and dense parts, without forming it from products."""
+        found = left.new_zeros((self.size, left.shape[1], right.shape[1]))
+        for use in self.outer:
+            found += (use.left @ left).mT @ (use.right @ right)
+        if self.dense is not None:
+            found += left.t() @ self.dense @ right
+        return found
 
     def first_products(self, linear: torch.Tensor) -> torch.Tensor:
         """``<linear, g>`` for every example, (batch,) in fp64, without forming any gradient.
@@ -411,7 +422,7 @@ def _reader(module: torch.nn.Module) -> Reader | None:
     if not own:
         return _read_nothing
     forward = type(module).forward
-    if forward is torch.nn.Linear.forward:
+    if forward in (torch.nn.Linear.forward, products.Linear.forward):
         return _read_linear
     if forward is Conv1D.forward:
         return _read_transposed

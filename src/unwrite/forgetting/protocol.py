@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unwrite.errors import BadSetting
-from unwrite.forgetting.completion import Completion, Fitted, Prediction
+from unwrite.forgetting.completion import Completion, CompletionByTask, Prediction
 from unwrite.forgetting.design import d_optimal
 from unwrite.forgetting.factorization import Factorization
 from unwrite.forgetting.matrix import Array, ForgettingMatrix
@@ -50,7 +50,7 @@ class Trial:
 
 def evaluate(
     matrix: ForgettingMatrix,
-    models: Mapping[str, Completion],
+    models: Mapping[str, Completion | CompletionByTask],
     new_tasks: Sequence[int],
     past_tasks: Sequence[int] | None = None,
     trial: Trial | None = None,
@@ -82,7 +82,7 @@ def evaluate(
             seen = np.full(truth.shape, np.nan)
             seen[:, columns] = truth[:, columns]
             hidden = np.isnan(seen) & ~np.isnan(truth)
-            predictions = forecast_all(fitted, seen)
+            predictions = forecast_all(fitted, seen, [matrix.tasks[task] for task in new])
             predicted = np.stack([one.values for one in predictions])
             limit = predictions[0].threshold or trial.threshold
             scores = score(truth[hidden], predicted[hidden], trial.threshold, limit, trial.top)
@@ -90,8 +90,11 @@ def evaluate(
     return rows
 
 
-def forecast_all(fitted: Fitted, seen: Array) -> list[Prediction]:
-    """Forecasts of several new tasks, each by itself; at once where the model can."""
+def forecast_all(fitted: Any, seen: Array, tasks: Sequence[str] = ()) -> list[Prediction]:
+    """Forecasts of several new tasks, each by itself; at once where the model can. ``tasks``: their
+    names, for models that must be told which task a row belongs to (``similarity``)."""
+    if hasattr(fitted, "about"):
+        return [fitted.about(task).predict(row) for task, row in zip(tasks, seen, strict=True)]
     together = getattr(fitted, "predict_all", None)
     if together is not None:
         found: list[Prediction] = together(seen)

@@ -98,9 +98,15 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def settings_of(method: Any) -> dict[str, Any]:
-    """The fields of a method as JSON values, for the ledger; nested methods with their names."""
+    """The fields of a method as JSON values, for the ledger; nested methods with their names.
+
+    A field that an earlier version did not know (``metadata["later"]``) is written only where it
+    is not at its default: so that what that version began goes on under the same settings.
+    """
     fields = {
-        field.name: _plain(getattr(method, field.name)) for field in dataclasses.fields(method)
+        field.name: _plain(getattr(method, field.name))
+        for field in dataclasses.fields(method)
+        if not (field.metadata.get("later") and getattr(method, field.name) == field.default)
     }
     return {"name": getattr(method, "name", type(method).__name__), **fields}
 

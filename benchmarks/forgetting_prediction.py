@@ -1,0 +1,122 @@
+"""How well what a new task destroys can be forecast: all models, in and out of domain.
+
+    python -m benchmarks.forgetting_prediction --matrix FOLDER [--seeds 10] [--published 2]
+
+Reads the matrix that ``benchmarks.forgetting_matrix`` collected, and the features beside it, where
+there are any (``unwrite forgetting features``). In domain: bundled tasks from bundled tasks, a
+fifth of them new at a time. Out of domain: knowledge updates (the relations of atlas) from bundled
+tasks. 30 revealed examples a new task, scores on the others, mean and spread over seeds (METHODS
+5.4). ``--published N`` adds the paper's own models, which are fitted anew for every new task, on N
+seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import write
+from unwrite.forgetting import (
+    ForgettingMatrix,
+    PublishedFactorization,
+    PublishedNeighbours,
+    Trial,
+    evaluate,
+)
+from unwrite.forgetting.fitting import MODELS
+from unwrite.forgetting.protocol import METRICS, summary
+from unwrite.forgetting.similarity import models_beside
+
+BANK, UPDATES = "bank/", "atlas/"
+REVEALED, FOLDS = 30, 5
+Table = dict[str, dict[str, dict[str, float | None]]]
+
+
+def main() -> None:
+    """Test and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--matrix", required=True)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--published", type=int, default=0, metavar="SEEDS")
+    options = parser.parse_args()
+    folder = Path(options.matrix)
+    matrix = ForgettingMatrix.load(folder)
+    result = run(matrix, models_beside(folder, matrix), options.seeds, options.published)
+    write("forgetting_prediction", result)
+
+
+def run(
+    matrix: ForgettingMatrix,
+    beside: Mapping[str, Any] | None = None,
+    seeds: int = 10,
+    published: int = 0,
+) -> dict[str, Any]:
+    """Everything that the result file says; tasks are named ``bank/...`` or ``atlas/...``."""
+    bank = [n for n, name in enumerate(matrix.tasks) if name.startswith(BANK)]
+    updates = [n for n, name in enumerate(matrix.tasks) if name.startswith(UPDATES)]
+    models = {**MODELS, **(beside or {})}
+    slow = {
+        "published": PublishedFactorization(),
+        "published, scaled": PublishedFactorization(scaled=True),
+        "published neighbours": PublishedNeighbours(),
+    }
+    splits = {"in_domain": _folds(bank), "out_of_domain": [(updates, bank)]}
+    found: dict[str, Any] = {
+        "tasks": {"bank": len(bank), "updates": len(updates)},
+        "examples": len(matrix.examples),
+        "base": matrix.provenance.get("base_name"),
+        "tuner": matrix.provenance.get("tuner"),
+        "revealed": _revealed(matrix),
+        "seeds": seeds,
+        "forgotten_share": float((matrix.values > 0).mean()),
+        "spread": float(np.nanstd(matrix.values)),
+        "rank_profile": matrix.rank_profile(),
+    }
+    for name, parts in splits.items():
+        if not all(new and past for new, past in parts):
+            continue  # a matrix still being collected
+        found[name] = table(matrix, parts, models, seeds)
+        chosen = {"factorization, chosen": MODELS["factorization"]}
+        found[name] |= table(matrix, parts, chosen, 1, choose="d-optimal")
+        if published:
+            found[name] |= table(matrix, parts, slow, published)
+    return found
+
+
+def table(
+    matrix: ForgettingMatrix,
+    parts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    models: Mapping[str, Any],
+    seeds: int,
+    choose: str = "random",
+) -> Table:
+    """Mean and spread over seeds by model and metric; a seed's score is its mean over the parts,
+    each (new tasks, past tasks)."""
+    trial = Trial(revealed=_revealed(matrix), seeds=tuple(range(seeds)), choose=choose)
+    by_part = [evaluate(matrix, models, new, past, trial) for new, past in parts]
+    rows = []
+    for same in zip(*by_part, strict=True):
+        row = {"model": same[0]["model"], "seed": same[0]["seed"]}
+        for metric in METRICS:
+            values = [one[metric] for one in same if one[metric] is not None]
+            row[metric] = float(np.mean(values)) if values else None
+        rows.append(row)
+    return summary(rows)
+
+
+def _folds(bank: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    order = np.random.default_rng(0).permutation(bank)
+    parts = [part.tolist() for part in np.array_split(order, FOLDS) if len(part)]
+    return [(part, [task for task in bank if task not in part]) for part in parts] or [([], [])]
+
+
+def _revealed(matrix: ForgettingMatrix) -> int:
+    return min(REVEALED, len(matrix.examples) // 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Are protected prompts forecast rightly, and does it help to protect the endangered ones only?
+
+    python -m benchmarks.protection --work FOLDER [--updates 6 --prompts 120 --edits 8]
+
+Updates of atlas facts by the defaults, each from the base, one after another in the past of the
+next: facts of the other relations are the prompts to protect. Each is forecast (from what is known
+then), trained without protection (the truth that the forecast speaks of), with the endangered
+prompts protected, and with all of them protected. Every fourth prompt is held out. Goes on where it
+was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import write
+from unwrite import Edit, FullFT, load, methods, read_edits
+from unwrite.files import write_atomically
+from unwrite.forgetting.protocol import average_precision
+from unwrite.model import Model
+from unwrite.prompts import Protected
+from unwrite.protection import History, Outlook, look_ahead, protecting
+
+HELD_OUT = 4  # one prompt in so many
+
+
+def main() -> None:
+    """Run what is missing and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--work", required=True)
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--prompts", type=int, default=120)
+    parser.add_argument("--edits", type=int, default=8)
+    options = parser.parse_args()
+    updates, prompts = parts(options.updates, options.edits, options.prompts)
+    method = FullFT()
+    rows = run(load(options.base), updates, prompts, method, Path(options.work))
+    write(
+        "protection",
+        {
+            "method": methods.settings_of(method),
+            "edits": options.edits,
+            "prompts": len(prompts),
+            **summary(rows),
+        },
+    )
+
+
+def parts(updates: int, edits: int, prompts: int) -> tuple[list[list[Edit]], list[Protected]]:
+    """Facts to change, evenly over the relations, and the prompts of others."""
+    facts = list(read_edits("atlas"))
+    order = np.random.default_rng(0).permutation(len(facts))
+    mixed = [facts[at] for at in order]
+    changed = [mixed[n * edits : (n + 1) * edits] for n in range(updates)]
+    rest = mixed[updates * edits :][:prompts]
+    return changed, [Protected(one.prompt, n % HELD_OUT == 0) for n, one in enumerate(rest)]
+
+
+def run(
+    model: Model,
+    updates: Sequence[Sequence[Edit]],
+    prompts: Sequence[Protected],
+    method: Any,
+    work: Path,
+) -> list[dict[str, Any]]:
+    """One row an update: the forecast, and what changed without and with protection."""
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / "updates.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {"method": methods.settings_of(method)["name"]}
+    for number in range(len(rows), len(updates)):
+        past = History.of((f"update {n}", known, row["record"]) for n, row in enumerate(rows))
+        edits = updates[number]
+        outlook = look_ahead(model, edits, method, prompts, past)
+        everything = [one.prompt for one in prompts if not one.held_out]
+        arms = {
+            "none": (),
+            "endangered": outlook.endangered,
+            "all": everything,
+        }
+        lost = {name: _lost(model, edits, method, chosen, outlook) for name, chosen in arms.items()}
+        rows.append(_row(outlook, lost))
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _lost(
+    model: Model, edits: Sequence[Edit], method: Any, chosen: Sequence[str], outlook: Outlook
+) -> Any:
+    with model.shifted(protecting(method, chosen).delta(model, edits)):
+        return outlook.watched.losses(model)
+
+
+def _row(outlook: Outlook, lost: dict[str, Any]) -> dict[str, Any]:
+    watched = outlook.watched
+    changed = {name: losses > watched.margins for name, losses in lost.items()}
+    truth = changed["none"]
+    rate = float(truth.mean())
+    expected, std = outlook.count()
+    free = np.array([one.held_out for one in watched.prompts])
+    hidden = np.isnan(outlook.seen)
+    record = outlook.as_json(lost["none"])
+    for one in record["prompts"]:
+        one["protected"] = False  # it was not, in the training that this records
+    return {
+        "by": outlook.by,
+        "prompts": len(watched.prompts),
+        "unknown": len(watched.unknown),
+        "endangered": len(outlook.endangered),
+        "expected": expected,
+        "std": std,
+        "changed": {
+            name: {"held_out": int(found[free].sum()), "others": int(found[~free].sum())}
+            for name, found in changed.items()
+        },
+        "held_out": int(free.sum()),
+        "growth": outlook.growth._asdict(),
+        "brier": float(((outlook.chances - truth) ** 2).mean()),
+        "brier_of_rate": rate * (1 - rate),
+        "average_precision": average_precision(truth, outlook.chances),
+        "average_precision_by_margin": average_precision(truth, -watched.margins),
+        "unobserved": {
+            "n": int(hidden.sum()),
+            "rate": float(truth[hidden].mean()) if hidden.any() else None,
+            "average_precision": average_precision(truth[hidden], outlook.chances[hidden]),
+        },
+        "record": {"prompts": record["prompts"]},
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The rows without the records, and totals by arm."""
+    told = [{key: value for key, value in row.items() if key != "record"} for row in rows]
+    arms = rows[0]["changed"] if rows else {}
+    return {
+        "updates": told,
+        "within_two_std": sum(
+            abs(row["expected"] - sum(row["changed"]["none"].values())) <= 2 * row["std"]
+            for row in rows
+        ),
+        "changed": {
+            arm: {
+                part: sum(row["changed"][arm][part] for row in rows)
+                for part in ("held_out", "others")
+            }
+            for arm in arms
+        },
+        "asked": {
+            "held_out": sum(row["held_out"] for row in rows),
+            "others": sum(row["prompts"] - row["held_out"] for row in rows),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""The tables of docs/scale.md from the committed results; put there by ``benchmarks.tables``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.measure import RESULTS, committed
+
+
+def blocks() -> dict[str, list[str]]:
+    """Lines by block; a result that was not measured leaves a sentence that says so."""
+    makers = {
+        "checked": ("plan_memory", checked),
+        "streaming": ("bigger_than_memory", streaming),
+        "paper": ("scale_plan", paper),
+        "pair": ("two_processes", pair),
+    }
+    return {
+        block: make(committed(name)) if (RESULTS / f"{name}.json").exists() else missing(name)
+        for block, (name, make) in makers.items()
+    }
+
+
+def missing(name: str) -> list[str]:
+    """What stands where there is no result."""
+    return [f"Not measured yet: `python -m benchmarks.{name}`."]
+
+
+def checked(result: dict[str, Any]) -> list[str]:
+    """Planned against measured memory."""
+    lines = ["| what | planned | measured | error |", "| --- | --- | --- | --- |"]
+    for name, one in result["cases"].items():
+        lines.append(
+            f"| {name} | {one['planned_gb']:.2f} GB | {one['measured_gb']:.2f} GB | "
+            f"{100 * one['error']:+.0f} % |"
+        )
+    return lines
+
+
+def streaming(result: dict[str, Any]) -> list[str]:
+    """Peak and time by size, and the exponents."""
+    lines = [
+        "| checkpoint, bf16 | select, save | export | undo, fingerprint | peak memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for run in result["runs"]:
+        seconds = [f"{run['seconds'][stage]:.1f} s" for stage in ("select", "export", "undo")]
+        lines.append(
+            f"| {run['gb']:.2f} GB | {' | '.join(seconds)} | {run['peak_gb']['undo']:.2f} GB |"
+        )
+    exponents = ", ".join(f"{name} {value:.2f}" for name, value in result["exponents"].items())
+    return [*lines, "", f"Growth with size, fitted exponent (goal 0.95 to 1.05): {exponents}."]
+
+
+def paper(result: dict[str, Any]) -> list[str]:
+    """Plans for large models."""
+    lines = [
+        "| model | method | layout | device | fits 80 GB | host, a machine | disk and scratch | "
+        "traffic |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in result["rows"]:
+        disk = one["disk_bytes"] + one["scratch_bytes"]
+        lines.append(
+            f"| {one['model']} | {one['method']} | {one['layout']} | {size(one['device_bytes'])} | "
+            f"{'yes' if one['fits'] else 'no'} | {size(one['host_bytes'])} | {size(disk)} | "
+            f"{size(one['traffic_bytes'])} |"
+        )
+    return lines
+
+
+def pair(result: dict[str, Any]) -> list[str]:
+    """Two processes against one."""
+    faster = result["times_faster"]
+    return [
+        f"Fine-tuning {result['base']} in batches of {result['batch']} rows, each process pinned "
+        f"to one core: two are {faster['median']:.2f} times as fast as one ({faster['min']:.2f} to "
+        f"{faster['max']:.2f}; goal {result['goal']}); losses differ by at most "
+        f"{result['largest_relative_difference_of_losses']:.0e} of themselves.",
+    ]
+
+
+def size(count: float) -> str:
+    """Bytes for a table."""
+    return f"{count / 1e9:.1f} GB"

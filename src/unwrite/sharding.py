@@ -1,0 +1,104 @@
+"""A network whose parameters are spread over the processes: FSDP2.
+
+The first process has the weights; the others have none of them. Shards are handed out tensor by
+tensor and gathered again tensor by tensor, so that besides the first process's own copy no process
+ever holds more than its shards, one block while it computes, and one tensor while they are
+exchanged. A shard is trained with its gradient and its moments beside it.
+
+Whether shards wait in host memory, whether a block stays whole between its forward and its backward
+pass, and whether its activations are computed twice is what the launch file says
+(``fsdp_offload_params``, ``fsdp_reshard_after_forward``, ``fsdp_activation_checkpointing``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch.distributed.tensor import distribute_tensor
+
+from unwrite import processes
+from unwrite.model import Model
+
+
+def sharded(model: Model, trained: Collection[str]) -> tuple[Model, torch.device]:
+    """A model with the weights that ``model`` has in the first process, spread over all processes,
+    and this process's device to compute on; the tensors of the file names ``trained`` require
+    gradients. Collective."""
+    device = processes.local_device(processes.told(lambda: model.device.type))
+    trusted = type(model.network).__module__.startswith("transformers_modules")
+    spread = Model.empty(model.source, trust_remote_code=trusted)
+    for file, parameter in spread.parameters.items():
+        parameter.requires_grad_(file in trained)
+    spread.progress = model.progress
+    spread.network.to_empty(device=_spread(spread, device))
+    spread.network.tie_weights()  # emptied one by one
+    _fill(spread, model)
+    return spread, device
+
+
+def gathered(model: Model, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole tensors of a sharded model one after the other, in fp32, in every process.
+    Collective: all processes must go through all of it, in step."""
+    parameters = model.parameters
+    for name in names:
+        whole: Any = parameters[name].detach()
+        yield name, whole.full_tensor()
+
+
+def _spread(model: Model, device: torch.device) -> torch.device:
+    """Shard block by block, in place; returns where the shards are to be."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+    asked = FullyShardedDataParallelPlugin()  # reads what the launcher was told
+    offloaded = isinstance(asked.cpu_offload, CPUOffloadPolicy)
+    words: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (processes.count(),)),
+        "reshard_after_forward": asked.reshard_after_forward,
+        "offload_policy": asked.cpu_offload if offloaded else OffloadPolicy(),
+    }
+    for name in model.anatomy.blocks:
+        block = model.network.get_submodule(name)
+        if asked.activation_checkpointing:
+            block = checkpoint_wrapper(block, preserve_rng_state=False)
+            model.network.set_submodule(name, block)
+        fully_shard(block, **words)
+    fully_shard(model.network, **words)
+    if asked.activation_checkpointing:
+        model.names = _names_now(model)
+    return torch.device("cpu") if offloaded else device
+
+
+def _names_now(model: Model) -> dict[str, str]:
+    """File names -> parameter names, now that blocks stand inside of wrappers."""
+    now = {
+        name.replace("_checkpoint_wrapped_module.", ""): name
+        for name, _ in model.network.named_parameters(remove_duplicate=False)
+    }
+    return {file: now[name] for file, name in model.names.items()}
+
+
+@torch.no_grad()
+def _fill(spread: Model, model: Model) -> None:
+    """Hand out the weights of the first process, tensor by tensor, and all of its buffers."""
+    first = processes.rank() == 0
+    theirs = model.parameters
+    for file, parameter in spread.parameters.items():
+        mine: Any = parameter
+        mesh = mine.device_mesh
+        whole = (
+            theirs[file].detach().to(mesh.device_type)
+            if first
+            else torch.empty(mine.shape, dtype=mine.dtype, device=mesh.device_type)
+        )
+        shard = distribute_tensor(whole, mesh, mine.placements)
+        mine.to_local().copy_(shard.to_local())
+    buffers = processes.told(
+        lambda: {name: buffer.cpu() for name, buffer in model.network.named_buffers()}
+    )
+    for name, buffer in spread.network.named_buffers():
+        buffer.copy_(buffers[name.replace("_checkpoint_wrapped_module.", "")])
