@@ -287,7 +287,21 @@ def rows() -> list[str]:
 def campaigns() -> list[str]:
     """What was done to homes, readers and processes, and what was lost."""
     head = row("what was done", "tried", "what came of it", "lost")
-    return [head, row(*["---"] * 4), flipped()]
+    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed()]
+
+
+def killed() -> str:
+    """The crash campaign."""
+    found = committed("crash_campaign")
+    left = sum(one["left_scratch_that_was_swept"] for one in found["commands"].values())
+    return row(
+        f"real commands killed ({', '.join(found['commands'])}), before steps on disk and at "
+        f"moments, {found['at_random']} of them drawn at random",
+        f"{found['kills']:,} kills",
+        "before or after to the bit, or gone on with to the same end; the next command works, and "
+        f"sweeps the scratch that {left} of them left",
+        str(found["lost"]),
+    )
 
 
 def flipped() -> str:
@@ -299,6 +313,18 @@ def flipped() -> str:
         f"{found['noticed']:,} noticed; {sum(found['harmless'].values())} proven harmless (the "
         "page of the report, white space behind a header)",
         str(found["missed"] + found["crashed"]),
+    )
+
+
+def fuzzed() -> str:
+    """The fuzzing of all readers."""
+    found = committed("fuzz")
+    counts = [one["executions"] for one in found["readers"].values()]
+    return row(
+        f"hostile bytes to {len(counts)} readers, guided by the branches they reach",
+        f"{found['executions']:,} inputs, {min(counts):,} to {max(counts):,} a reader",
+        "an answer or one safe sentence",
+        str(sum(one["open_findings"] for one in found["readers"].values())),
     )
 
 

@@ -31,8 +31,7 @@ def test_the_reference_would_notice(machine, monkeypatch):
     run.the_state_is_that_of_the_reference()
     monkeypatch.setattr(Ledger, "live", forgetful)
     run.the_state_is_that_of_the_reference()
-    with pytest.raises(AssertionError):
-        run.undo(first)
+    run.undo(first)
     with pytest.raises(AssertionError):
         run.the_state_is_that_of_the_reference()
     run.teardown()
