@@ -1,9 +1,11 @@
 """How well what a new task destroys can be forecast: all models, in and out of domain.
 
-    python -m benchmarks.forgetting_prediction --matrix FOLDER [--seeds 10] [--published 2]
+    python -m benchmarks.forgetting_prediction --matrix FOLDER [--features hidden,gradient]
+        [--published 2]
 
-Reads the matrix that ``benchmarks.forgetting_matrix`` collected, and the features beside it, where
-there are any (``unwrite forgetting features``). In domain: bundled tasks from bundled tasks, a
+Reads the matrix that ``benchmarks.forgetting_matrix`` collected, and the features beside it for the
+baselines of similarity; ``--features`` makes those that are missing (hidden, gradient, and semantic
+with the extra of that name). In domain: bundled tasks from bundled tasks, a
 fifth of them new at a time. Out of domain: knowledge updates (the relations of atlas) from bundled
 tasks. 30 revealed examples a new task, scores on the others, mean and spread over seeds (METHODS
 5.4). ``--published N`` adds the paper's own models, which are fitted anew for every new task, on N
@@ -19,7 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.forgetting_matrix import tasks_of_bundled_text
 from benchmarks.measure import write
+from unwrite import load
+from unwrite.errors import UnwriteError
 from unwrite.forgetting import (
     ForgettingMatrix,
     PublishedFactorization,
@@ -27,12 +32,15 @@ from unwrite.forgetting import (
     Trial,
     evaluate,
 )
+from unwrite.forgetting.examples import from_details
+from unwrite.forgetting.features import make_features
 from unwrite.forgetting.fitting import MODELS
 from unwrite.forgetting.protocol import METRICS, summary
-from unwrite.forgetting.similarity import models_beside
+from unwrite.forgetting.similarity import Features, models_beside
 
 BANK, UPDATES = "bank/", "atlas/"
 REVEALED, FOLDS = 30, 5
+PAIRS = 48  # read of a task, as collected
 Table = dict[str, dict[str, dict[str, float | None]]]
 
 
@@ -40,13 +48,28 @@ def main() -> None:
     """Test and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--matrix", required=True)
+    parser.add_argument("--base", default="smollm2-135m", help="for --features")
+    parser.add_argument("--features", default="", metavar="KIND,...")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--published", type=int, default=0, metavar="SEEDS")
     options = parser.parse_args()
     folder = Path(options.matrix)
     matrix = ForgettingMatrix.load(folder)
+    describe(folder, matrix, [kind for kind in options.features.split(",") if kind], options.base)
     result = run(matrix, models_beside(folder, matrix), options.seeds, options.published)
     write("forgetting_prediction", result)
+
+
+def describe(folder: Path, matrix: ForgettingMatrix, kinds: Sequence[str], base: str) -> None:
+    """Make the features of these kinds, unless they are there for these tasks already."""
+    learned = tasks_of_bundled_text(None, PAIRS)
+    tasks = {name: learned[name] for name in matrix.tasks}
+    examples = from_details(matrix.examples, matrix.example_details)
+    for kind in kinds:
+        try:
+            Features.load(folder, kind).of_tasks(matrix.tasks)
+        except UnwriteError:  # not there, damaged, or of fewer tasks
+            make_features(kind, load(base), tasks, examples).save(folder, kind)
 
 
 def run(
