@@ -386,8 +386,8 @@ def product_rows() -> list[str]:
         row(
             "linear layers by oneDNN instead of MKL on this processor: an epoch of full "
             f"fine-tuning; observing {found['probes']} probes "
-            f"({found['predictions_that_differ']} predictions differ); a layer alone, forward and "
-            "backward",
+            f"({found['predictions_that_differ']} predictions differ); "
+            "a layer alone, forward and backward",
             f"{spread(found['train_ratio'], 2)}; {spread(found['observe_ratio'], 2)}; {alone}",
             "-",
         )
