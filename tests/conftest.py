@@ -1,6 +1,7 @@
 """Shared by all tests: toy worlds taught once a session, and no network ever."""
 
 import os
+import signal
 
 # Two test processes with two threads each would fight over two cores, and tiny models gain
 # nothing from threads. Set before torch is imported anywhere.
@@ -21,7 +22,8 @@ from unwrite.testing import World, toy_world
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
-ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "bloom", "opt", "qwen3", "gemma", "mistral")
+# A shell starts background jobs deaf to Ctrl-C; tests of it run there, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite.activations import (
     Tail,

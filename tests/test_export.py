@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from processes import Processes
 from safetensors.torch import load_file
 

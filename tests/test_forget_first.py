@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite.change import LowRank, Masked
 from unwrite.edits import Edit

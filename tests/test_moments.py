@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite import moments
 from unwrite.errors import BadSetting

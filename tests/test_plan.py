@@ -5,7 +5,7 @@ import struct
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 import unwrite

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite.activations import mentions, states
 from unwrite.edits import Edit

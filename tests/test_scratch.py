@@ -82,6 +82,7 @@ def test_every_command_that_writes_sweeps_killed_exports_reports_and_trainings(
         wait_in="unwrite.record.identity",
     )
     export.arrived()
+    training.arrived()
     killed(training)
     killed(export)
     report = processes.run("report", home, die_at=2)

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as xml
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 from typer.testing import CliRunner
 
 from unwrite import trace as tracing

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed

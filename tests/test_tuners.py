@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from architectures import ARCHITECTURES
 
 from unwrite.change import LowRank
 from unwrite.errors import BadSetting

@@ -31,7 +31,11 @@ app = typer.Typer(
 )
 
 FolderArgument = Annotated[
-    Path, typer.Argument(help="Folder of the forgetting matrix.", metavar="FOLDER")
+    Path,
+    typer.Argument(
+        help="Folder of the forgetting matrix; 'bundled' is the one that comes with the package.",
+        metavar="FOLDER",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Seen = Annotated[
@@ -189,6 +193,7 @@ def fit(
     """Try the forecasting models on the collected tasks, and remember the best for 'forecast'."""
     with verb(as_json) as out:
         from unwrite.forgetting import fitting
+        from unwrite.forgetting.matrix import is_bundled
         from unwrite.forgetting.protocol import Trial
         from unwrite.forgetting.similarity import models_beside
         from unwrite.matrix_report import profile_of
@@ -198,7 +203,8 @@ def fit(
         trial = Trial(revealed=revealed, seeds=tuple(range(seeds)))
         beside = models_beside(folder, matrix)
         verdict = fitting.compare(matrix, names, trial, beside=beside)
-        fitting.remember(folder, verdict)
+        if not is_bundled(folder):
+            fitting.remember(folder, verdict)
         columns = ("rmse", "f1", "precision", "recall", "pr_auc", "lift")
         out.table(
             f"Forecasts of tasks left out, {verdict.trial.revealed} examples revealed",
@@ -210,7 +216,8 @@ def fit(
             numbers=len(columns),
         )
         _show_profile(out, profile_of(matrix))
-        out.say(f"Best: {verdict.best}; 'forecast' uses it from now on.")
+        kept = "" if is_bundled(folder) else "; 'forecast' uses it from now on"
+        out.say(f"Best: {verdict.best}{kept}.")
         out.result(
             {
                 "folder": str(folder),
@@ -243,7 +250,10 @@ def features(
         from unwrite import api
         from unwrite.forgetting.examples import from_details
         from unwrite.forgetting.features import make_features
+        from unwrite.forgetting.matrix import is_bundled
 
+        if is_bundled(folder):
+            raise BadSetting("The bundled matrix is not written to; collect one of your own.")
         matrix = _load(folder)
         learned = _tasks(tasks or [], edits or [], limit)
         unknown = [name for name in matrix.tasks if name not in learned]
@@ -413,7 +423,10 @@ def _append(
 ) -> ForgettingMatrix:
     from unwrite import api
     from unwrite.forgetting.collection import append_update
+    from unwrite.forgetting.matrix import is_bundled
 
+    if is_bundled(folder):
+        raise BadSetting("The bundled matrix is not written to; collect one of your own.")
     _load(folder)  # before a model is loaded for nothing
     opened = api.open(home, trust_remote_code=trust_remote_code, progress=out)
     return append_update(opened, update, folder)

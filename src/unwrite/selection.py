@@ -199,7 +199,8 @@ def _put_away(name: str, scan: _Scan, task: _Task) -> _Scan:
     for part in ("bits", "values"):
         file = task.scratch / f"{stem}.{part}.npy"
         np.save(file, getattr(scan, part))
-        mapped[part] = np.load(file, mmap_mode="c") if getattr(scan, part).size else np.load(file)
+        mode: Literal["c"] | None = "c" if getattr(scan, part).size else None
+        mapped[part] = np.load(file, mmap_mode=mode, allow_pickle=False)
     return replace(scan, **mapped)
 
 

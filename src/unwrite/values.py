@@ -25,6 +25,7 @@ from unwrite.activations import (
     Tail,
     hidden_of,
     in_rows,
+    leaving_after,
     mentions,
     subject_alone,
     with_hidden,
@@ -172,7 +173,7 @@ class _Hunt:
         where: Literal["mlp", "block"],
         search: Search,
     ) -> None:
-        self.model, self.search = model, search
+        self.model, self.search, self.layer = model, search, layer
         anatomy = model.anatomy
         at_mlp = where == "mlp"
         name = anatomy.mlp_out[layer] if at_mlp else anatomy.blocks[layer]
@@ -286,7 +287,7 @@ class _Hunt:
         )
         nowhere = torch.zeros(1, dtype=torch.long)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), leaving_after(self.model, self.layer):
                 self.tail.logits(nowhere, nowhere)
         finally:
             handle.remove()

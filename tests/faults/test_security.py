@@ -22,7 +22,10 @@ RUNNERS = {"eval", "exec", "compile", "__import__", "execfile"}
 SHELLS = {"os.system", "os.popen", "torch.load", "yaml.load", "pd.read_pickle"}
 NETWORK = {"urllib", "requests", "http", "httpx", "ftplib", "smtplib", "aiohttp", "socket"}
 MAY_SPEAK = {"serve.py": {"socket"}}  # it listens; nothing connects
-FETCHERS = {"huggingface_hub": {"pretrained.py"}, "datasets": {"moments.py", "ability.py"}}
+FETCHERS = {
+    "huggingface_hub": {"pretrained.py", "hub.py"},
+    "datasets": {"moments.py", "ability.py", "hub.py"},
+}
 
 
 def named(node):

@@ -29,7 +29,7 @@ from unwrite.files import (
     write_json,
 )
 from unwrite.forgetting.examples import UpstreamExample, from_details
-from unwrite.forgetting.matrix import Array, ForgettingMatrix, is_matrix
+from unwrite.forgetting.matrix import Array, ForgettingMatrix, is_matrix, place_of
 from unwrite.forgetting.measurement import measure, measure_right, settle
 from unwrite.model import Model
 from unwrite.pretrained import Source
@@ -257,7 +257,7 @@ def change(model: Model, matrix: ForgettingMatrix, base: Array, at: Sequence[int
 
 def base_numbers(folder: str | Path, matrix: ForgettingMatrix) -> Array:
     """What ``collect`` measured on the base, (examples,). Raises ``DamagedFile`` without it."""
-    kept = read_json(user_path(folder) / BASE)["values"]
+    kept = read_json(place_of(folder) / BASE)["values"]
     return np.array([kept[name] for name in matrix.examples], dtype=np.float64)
 
 

@@ -25,7 +25,7 @@ from unwrite.forgetting.completion import (
 )
 from unwrite.forgetting.factorization import Factorization, NuclearNorm
 from unwrite.forgetting.logistic import LogisticFactorization
-from unwrite.forgetting.matrix import ForgettingMatrix
+from unwrite.forgetting.matrix import ForgettingMatrix, place_of
 from unwrite.forgetting.neighbours import Neighbours
 from unwrite.forgetting.protocol import METRICS, Trial, evaluate, summary
 
@@ -124,7 +124,7 @@ def remember(folder: str | Path, verdict: Verdict) -> None:
 
 def remembered(folder: str | Path, matrix: ForgettingMatrix) -> str:
     """The model to forecast with: the one that was best, or the default where nobody tried."""
-    file = user_path(folder) / NAME
+    file = place_of(folder) / NAME
     if not file.is_file():
         return "logistic" if matrix.provenance.get("quantity") == "exact-match" else DEFAULT
     kept = read_json(file)

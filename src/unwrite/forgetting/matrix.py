@@ -29,6 +29,7 @@ from unwrite.files import read_jsonl, speaking_of_disk, user_path, write_atomica
 Array = npt.NDArray[np.float64]
 Details = Mapping[str, Mapping[str, Any]]
 NAME, TASKS, EXAMPLES = "matrix.npz", "tasks.jsonl", "examples.jsonl"
+BUNDLED = "bundled"  # the name of the matrix that comes with the package
 LARGEST = 1 << 34  # bytes unpacked; a matrix of a thousand million entries takes half of it
 
 
@@ -182,9 +183,10 @@ class ForgettingMatrix:
 
     @classmethod
     def load(cls, folder: str | Path) -> ForgettingMatrix:
-        """Read a matrix written by ``save``. Raises ``BadSetting`` where there is none, and
-        ``DamagedFile`` naming what is not as it was written."""
-        path = user_path(folder)
+        """Read a matrix written by ``save``, or the ``bundled`` one: SmolLM2-135M, 63 tasks of
+        bundled text. Raises ``BadSetting`` where there is none, and ``DamagedFile`` naming what is
+        not as it was written."""
+        path = place_of(folder)
         if not (path / NAME).is_file():
             raise BadSetting(
                 f"{path} holds no forgetting matrix. Make one with: unwrite forgetting collect."
@@ -248,6 +250,18 @@ def _are_labels(value: Any) -> bool:
     """Whether it is a list of texts, each of them once."""
     texts = isinstance(value, list) and all(isinstance(one, str) for one in value)
     return texts and len(set(value)) == len(value)
+
+
+def is_bundled(folder: str | Path) -> bool:
+    """Whether the matrix that comes with the package is meant: it is read, and never written."""
+    return str(folder) == BUNDLED and not Path(folder).exists()
+
+
+def place_of(folder: str | Path) -> Path:
+    """The folder of a matrix, which may be the ``bundled`` one."""
+    if is_bundled(folder):
+        return Path(__file__).parent.parent / "data" / "forgetting"
+    return user_path(folder)
 
 
 def is_matrix(folder: str | Path) -> bool:
