@@ -360,6 +360,16 @@ def locate_rows() -> list[str]:
                 "3x",
             ),
         ]
+    alone = found.get("rome-speed")
+    if alone is not None:
+        lines.append(
+            row(
+                "ROME, an edit, against the published procedure, as above, measured alone in "
+                f"{len(alone['seconds']['rome'])} turns",
+                spread(alone["straightforward_over_rome"], 2),
+                "3x",
+            )
+        )
     moments = found.get("moments")
     if moments is not None:
         lines.append(
