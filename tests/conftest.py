@@ -1,7 +1,10 @@
 """Shared by all tests: toy worlds taught once a session, and no network ever."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # Two test processes with two threads each would fight over two cores, and tiny models gain
 # nothing from threads. Set before torch is imported anywhere.
@@ -10,7 +13,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Help and tables fold at the width of the machine that runs the tests, unless told otherwise.
 os.environ.pop("COLUMNS", None)
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,12 @@ from unwrite.testing import World, toy_world
 # A busy machine is no failure: no example has a time limit.
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+# Commands sweep what killed ones left in the folder for temporary files; a test process that looks
+# for such things has a folder of its own beside those that run with it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="unwrite-tests-")
+    atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 # A shell starts background jobs deaf to Ctrl-C; tests of it run there, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
