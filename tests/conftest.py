@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from processes import Processes
 
+import unwrite
 from unwrite.testing import World, toy_world
 
 # A busy machine is no failure: no example has a time limit.
@@ -100,3 +102,25 @@ def artefacts():
     folder = Path(os.environ.get("UNWRITE_ARTEFACTS", root / "build" / "pictures"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    """The server of quick processes."""
+    return Processes(tmp_path_factory.mktemp("processes"))
+
+
+@pytest.fixture(scope="module")
+def original(worlds, tmp_path_factory):
+    """A folder with a home of one update, and a file of edits for the next; to be copied."""
+    folder = tmp_path_factory.mktemp("original")
+    home = unwrite.open(folder / "home", base=worlds().folder)
+    home.update(worlds().edits[:2], unwrite.FullFT(epochs=1, until="epochs", lr=1e-3))
+    unwrite.write_edits(folder / "edits.jsonl", worlds().edits[10:12])
+    return folder
+
+
+@pytest.fixture
+def place(original, tmp_path):
+    """A copy of it, to be harmed."""
+    return shutil.copytree(original, tmp_path, dirs_exist_ok=True)

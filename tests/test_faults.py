@@ -12,7 +12,7 @@ import stat
 import subprocess
 
 import pytest
-from processes import Processes, at_step
+from processes import at_step
 from typer.testing import CliRunner
 
 import unwrite
@@ -22,29 +22,6 @@ from unwrite.home import PARTIAL
 
 SHORT = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
-
-
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    """The server of quick processes."""
-    return Processes(tmp_path_factory.mktemp("processes"))
-
-
-@pytest.fixture(scope="module")
-def original(worlds, tmp_path_factory):
-    """A home with one update, and a file of edits for the next; to be copied."""
-    folder = tmp_path_factory.mktemp("original")
-    home = unwrite.open(folder / "home", base=worlds().folder)
-    home.update(worlds().edits[:2], METHOD)
-    unwrite.write_edits(folder / "edits.jsonl", worlds().edits[10:12])
-    return folder
-
-
-@pytest.fixture
-def place(original, tmp_path):
-    shutil.copytree(original / "home", tmp_path / "home")
-    shutil.copy(original / "edits.jsonl", tmp_path)
-    return tmp_path
 
 
 def update_words(place):

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from processes import Processes
 
 import unwrite
 from unwrite import scratch
@@ -21,27 +20,11 @@ QUICK = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory):
-    return Processes(tmp_path_factory.mktemp("processes"))
-
-
-@pytest.fixture(scope="module")
-def original(worlds, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("original")
-    home = unwrite.open(folder / "home", base=worlds().folder)
-    home.update(worlds().edits[:2], METHOD)
-    unwrite.write_edits(folder / "edits.jsonl", worlds().edits[10:12])
+def original(original, worlds):
+    """With examples of a forgetting matrix beside it."""
     lines = [json.dumps({"prompt": one.prompt, "answer": one.old}) for one in worlds().edits[:3]]
-    (folder / "examples.jsonl").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture
-def place(original, tmp_path):
-    shutil.copytree(original / "home", tmp_path / "home")
-    for name in ("edits.jsonl", "examples.jsonl"):
-        shutil.copy(original / name, tmp_path)
-    return tmp_path
+    (original / "examples.jsonl").write_text("\n".join(lines))
+    return original
 
 
 def killed(process):
