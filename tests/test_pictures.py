@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from pages import HOSTILE, facts
+from test_matrix_report import made
 from test_report import make_home
 from test_run_report import make_run
 
+from unwrite import matrix_report
+from unwrite.forgetting.matrix import ForgettingMatrix
 from unwrite.home_report import render
 from unwrite.run_report import RunReport
 
@@ -46,7 +49,16 @@ def comparison(folder: Path) -> str:
     return RunReport(make_run(folder, found, notes=[TEXT])).render()
 
 
-KINDS = {"home": home, "comparison": comparison}
+def matrix(folder: Path) -> str:
+    found = made()
+    details = {name: {"prompt": f"{TEXT} {name}", "answer": LONG} for name in found.examples}
+    ForgettingMatrix(
+        found.values, found.tasks, found.examples, found.provenance, example_details=details
+    ).save(folder)
+    return matrix_report.render(folder)
+
+
+KINDS = {"home": home, "comparison": comparison, "matrix": matrix}
 LOOKS: dict[str, dict[str, Any]] = {
     "light": {"width": 1200, "media": {"color_scheme": "light"}},
     "dark": {"width": 1200, "media": {"color_scheme": "dark"}},
