@@ -4,7 +4,8 @@
 
 Each update is a small change of one tensor of a toy model, so that the home is measured and not the
 training. After every tenth part the verbs are timed three times; ``per_line`` is seconds by
-ledger line. Linear means that it does not grow: ``growth`` is its last value over its first.
+ledger line. Linear means that it does not grow: ``growth`` is its last value over its first. At the
+end the home is compacted, and they are timed once more.
 """
 
 from __future__ import annotations
@@ -106,6 +107,9 @@ def main() -> None:
             grow(home, draw, options.updates * tenth // 10)
             points.append(measured(home.folder))
             print(points[-1])
+        home.compact()
+        compacted = measured(home.folder)
+        print(compacted)
         problems = unwrite.open(home.folder).verify()
         for update in list(home.ledger.live()):
             home.undo(update, recheck=False)
@@ -119,6 +123,7 @@ def main() -> None:
             "problems": problems,
             "all_undone_is_the_base": back,
             "points": points,
+            "compacted": compacted,
             "growth": growth(points),
         },
     )

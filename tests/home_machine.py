@@ -187,6 +187,11 @@ class HomeMachine(RuleBasedStateMachine):
         assert done.fingerprint == self.hashed(self.live)
         return done.id
 
+    @rule()
+    def compact(self):
+        assert self.home.compact().updates == len(self.live)
+        self.done["compact"] += 1
+
     @rule(update=updates)
     def look_back(self, update):
         """The state right after an update, as it was then, whatever was undone since."""

@@ -99,6 +99,7 @@ LAYERS = [
     {
         "base",
         "card",
+        "compaction",
         "record",
         "reproduction",
         "export",
@@ -264,6 +265,8 @@ SIDEWAYS = {
     ("methods.delicate", "methods.probes"),
     ("home", "measuring"),
     ("home", "base"),
+    ("home", "compaction"),
+    ("compaction", "base"),
     ("home", "export"),
     ("home", "record"),
     ("home", "reproduction"),

@@ -306,8 +306,16 @@ class Delta(Mapping[str, Change]):
         _check_changeable(weights, self.names)
 
 
-def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
-    """One tensor of the state ``base + deltas``: summed in fp32, rounded once to the base's dtype.
+class Prefix(Delta):
+    """Not a change, but what the base and the first changes of a state add up to: fp32, before it
+    is rounded. First in a list of deltas, it stands for the base and for them (``compose``)."""
+
+
+def compose(
+    base: Weights, deltas: Sequence[Delta], name: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """One tensor of the state ``base + deltas``: summed in fp32, rounded once to the base's dtype
+    (or to ``dtype``).
 
     The sum runs in the order given: ``((base + first) + second) + ...``, each term being the
     full fp32 tensor of a change whatever its encoding. So equal bases and equal lists of live
@@ -322,7 +330,7 @@ def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
     if not live:
         return tensor
     _check_changeable(base, [name])
-    total = _cast(tensor, torch.float32)
+    total = None if isinstance(live[0], Prefix) else _cast(tensor, torch.float32)
     for delta in live:
         change = delta[name]
         if change.shape != tuple(tensor.shape):
@@ -330,8 +338,13 @@ def compose(base: Weights, deltas: Sequence[Delta], name: str) -> torch.Tensor:
                 f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
                 f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
             )
-        add_into(total, change)
-    return total if tensor.dtype == torch.float32 else _cast(total, tensor.dtype)
+        if total is None:
+            total = _cast(change.dense(), torch.float32)
+        else:
+            add_into(total, change)
+    assert total is not None, "there is a first one"
+    dtype = dtype or tensor.dtype
+    return total if dtype == torch.float32 else _cast(total, dtype)
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -110,6 +110,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_inside(home: Path, file: Path) -> None:
+    """Refuse (``DamagedFile``) what is reached through a link that leads out of the home."""
+    if not file.resolve().is_relative_to(home.resolve()):
+        raise DamagedFile(
+            f"{file} leads out of the home by a link, which is not followed. Put the file itself "
+            "there."
+        )
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder's write lock; raise ``HomeBusy`` at once if another process holds it.

@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from unwrite import base as bases
-from unwrite import methods, protection, record, scratch, where
+from unwrite import compaction, methods, protection, record, scratch, where
 from unwrite import scores as scoring
 from unwrite.base import Base
+from unwrite.compaction import Compacted
 from unwrite.delta import SCRATCH, Delta
 from unwrite.edits import Edit, read_edits, with_ids
 from unwrite.errors import (
@@ -46,6 +47,7 @@ from unwrite.errors import (
 )
 from unwrite.export import export_state
 from unwrite.files import (
+    check_inside,
     only_writer,
     read_json,
     read_jsonl,
@@ -192,7 +194,7 @@ class Home:
             self._held = []
         if self._held != live:
             self._held = None
-            self._model.become(self.deltas(live))
+            self._model.become(self._parts(live))
             self._held = live
         return self._model
 
@@ -209,7 +211,7 @@ class Home:
                 continue
             folder = self._file(ledger.entry(update), "delta/delta.json").parent
             for file in folder.iterdir():
-                _check_inside(self.folder, file)
+                check_inside(self.folder, file)
             delta = Delta.open(folder)
             delta.check_base(self.base.fingerprint, self.base.name)
             if update not in self._sound:
@@ -217,6 +219,19 @@ class Home:
                 self._sound.add(update)
             opened.append(delta)
         return opened
+
+    def _parts(self, live: Sequence[str]) -> list[Delta]:
+        """What adds up to a state: the deltas of its updates, or the stored sum of the first of
+        them (see ``compact``) and the deltas of the others."""
+        total = compaction.stored(self.folder, self.base)
+        count = 0 if total is None else compaction.covered(total, self.ledger, live)
+        if total is None or not count:
+            return self.deltas(live)
+        name = f"{compaction.NAME} {live[count - 1]}"
+        if name not in self._sound:
+            compaction.check(total, self.folder)
+            self._sound.add(name)
+        return [total, *self.deltas(live[count:])]
 
     # ---- update ------------------------------------------------------------------------------
 
@@ -305,7 +320,7 @@ class Home:
                 del delta  # the model-sized change is on disk now
                 stored.check_fits(model.weights)
                 self._held = None
-                deltas = [*self.deltas(live), stored]
+                deltas = [*self._parts(live), stored]
                 model.become(deltas)
                 self._held = [*live, name]
                 fingerprint = self.base.fingerprint_with(self.source.folder, deltas)
@@ -476,6 +491,7 @@ class Home:
         """Remove what killed exports, reports and trainings left behind; needs no lock."""
         scratch.sweep_noted(self.folder)
         scratch.sweep_files(self.folder, REPORT)
+        scratch.sweep_beside(self.folder / compaction.NAME)
         scratch.sweep_temporary(SCRATCH)
 
     # ---- undo --------------------------------------------------------------------------------
@@ -506,7 +522,7 @@ class Home:
 
     def fingerprint(self, live: Sequence[str]) -> str:
         """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it."""
-        return self.base.fingerprint_with(self.source.folder, self.deltas(live))
+        return self.base.fingerprint_with(self.source.folder, self._parts(live))
 
     def _reliability(self, entry: Entry, live: Sequence[str]) -> Score:
         """How the state with ``live`` updates answers the edits of one of them."""
@@ -514,6 +530,18 @@ class Home:
         probes = [one for one in questions(edits) if one.role == "reliability"]
         rows = observe(self._model_with(live), probes)
         return scoring.score(rows, rows)["reliability"]
+
+    def compact(self) -> Compacted:
+        """Store what the base and the live updates add up to, so that the state is composed from
+        one sum instead of one change after another: bit for bit the same, in time that does not
+        grow with the number of updates. History and updates stay as they are (see the module
+        ``compaction``)."""
+        with speaking_of_disk(f"compact {self.folder}"), only_writer(self.folder):
+            self._sweep()
+            ledger = self.ledger
+            deltas = self.deltas(ledger.live())
+            source = self.source.folder
+            return compaction.compact(self.folder, self.base, source, ledger, deltas, self.progress)
 
     # ---- reading -----------------------------------------------------------------------------
 
@@ -653,11 +681,26 @@ class Home:
                         "folder was put there by hand."
                     )
             if not problems:
-                recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
-                if self.fingerprint(ledger.live()) != recorded:
-                    problems.append("The recomposed state is not the one recorded in the ledger.")
+                problems += self._problems_of_state(ledger, source)
             advance(1, "state")
         return problems
+
+    def _problems_of_state(self, ledger: Ledger, source: Source) -> list[str]:
+        """Of the state, composed from all of its deltas; and of the sum that ``compact`` stored."""
+        recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
+        live = ledger.live()
+        if self.base.fingerprint_with(source.folder, self.deltas(live)) != recorded:
+            return ["The recomposed state is not the one recorded in the ledger."]
+        try:
+            total = compaction.stored(self.folder, self.base)
+            if total is None:
+                return []
+            compaction.check(total, self.folder)
+            if compaction.covered(total, ledger, live) and self.fingerprint(live) != recorded:
+                raise compaction.damaged(self.folder, "It is not what the updates add up to.")
+        except UnwriteError as error:
+            return [str(error)]
+        return []
 
     def _problems_of(self, entry: Entry) -> list[str]:
         problems = []
@@ -670,7 +713,7 @@ class Home:
             try:
                 folder = self._update_folder(entry["id"]) / "delta"
                 for file in folder.iterdir():
-                    _check_inside(self.folder, file)
+                    check_inside(self.folder, file)
                 Delta.open(folder).verify()
             except UnwriteError as error:
                 problems.append(str(error))
@@ -695,7 +738,7 @@ class Home:
             self.source,
             ledger.entries,
             live,
-            self.deltas(live),
+            self._parts(live) if as_ == "model" else self.deltas(live),
             self.progress,
             trust_remote_code=self._trust_remote_code,
             home=self.folder,
@@ -705,7 +748,7 @@ class Home:
         """A file of an update, compared with its hash in the ledger. Raises ``DamagedFile``, also
         for a link that leads out of the home."""
         file = self._update_folder(entry["id"]) / name
-        _check_inside(self.folder, file)
+        check_inside(self.folder, file)
         if not file.is_file():
             raise DamagedFile(f"{file} is missing. Put it back from a copy of the home.")
         if sha256_file(file) != entry["files"].get(name):
@@ -719,15 +762,6 @@ class Home:
         if not _ID.fullmatch(update):
             raise DamagedFile(f"The ledger names an update {update!r}, which is not an id.")
         return self.folder / UPDATES / update
-
-
-def _check_inside(home: Path, file: Path) -> None:
-    """Refuse (``DamagedFile``) what is reached through a link that leads out of the home."""
-    if not file.resolve().is_relative_to(home.resolve()):
-        raise DamagedFile(
-            f"{file} leads out of the home by a link, which is not followed. Put the file itself "
-            "there."
-        )
 
 
 def is_home(folder: str | Path) -> bool:

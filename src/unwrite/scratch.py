@@ -31,9 +31,7 @@ def beside(target: Path, home: Path | None = None) -> Iterator[Path]:
     ``home``: a folder that notes where the scratch is as long as it is there, if it can be written
     to, so that ``sweep_noted`` finds the scratch wherever it was.
     """
-    for folder in target.parent.iterdir():
-        if (found := _SCRATCH.fullmatch(folder.name)) and found["name"] == target.name:
-            _remove_if_abandoned(folder)
+    sweep_beside(target)
     scratch = target.parent / f".{target.name}.{os.getpid()}.partial"
     with _noted(scratch, home):
         scratch.mkdir()
@@ -43,6 +41,13 @@ def beside(target: Path, home: Path | None = None) -> Iterator[Path]:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             _release(lock)
+
+
+def sweep_beside(target: Path) -> None:
+    """Remove what killed processes left of ``beside(target)``."""
+    for folder in list(target.parent.iterdir()):
+        if (found := _SCRATCH.fullmatch(folder.name)) and found["name"] == target.name:
+            _remove_if_abandoned(folder)
 
 
 def temporary(name: str) -> tuple[Path, Callable[[], None]]:
