@@ -12,10 +12,11 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import asdict
+from xml.etree import ElementTree
 
 import pytest
 from comparing import LEARN, Counted, files
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pages import HOSTILE, Page, assert_self_contained, facts, probe, shares, tags_of
 from typer.testing import CliRunner
@@ -464,30 +465,53 @@ points = st.lists(
 )
 
 
+SVG = {"left": plots.LEFT, "top": plots.TOP, "bottom": plots.HEIGHT - plots.BOTTOM}
+
+
+def reaches(panel):
+    """Where the marks are, in the order in which they were given, and their titles."""
+    return [
+        (float(one.get("cx")), float(one.get("cy")), one.find("title").text)
+        for one in panel.iter("circle")
+    ]
+
+
+def labels(panel):
+    for group in panel.iter("g"):
+        if group.get("class") == "label":
+            yield group.find("text")
+
+
+@settings(max_examples=30)
 @given(points)
 def test_marks_and_labels_of_a_scatter(found):
     """All inside the frame, in the order of their values; no label on a mark or another label."""
     given_points = [
-        Point(label, kind, label, {"x": (a, a, a), "y": (b, b, b)}) for label, kind, a, b in found
+        Point(label, kind, f"{n}", {"x": (a, a, a), "y": (b, b, b)})
+        for n, (label, kind, a, b) in enumerate(found)
     ]
-    panel = scatter(given_points, "x", "y")
-    for mark in panel.marks:
-        assert panel.left <= mark.x <= panel.right
-        assert panel.top <= mark.y <= panel.bottom
-    for (_, _, a, b), one in zip(found, panel.marks, strict=True):
-        for (_, _, c, d), other in zip(found, panel.marks, strict=True):
-            assert a > c or one.x <= other.x
-            assert b > d or one.y >= other.y
-    boxes = [label_box(mark) for mark in panel.marks if mark.label]
+    panel = ElementTree.fromstring(scatter(given_points, "x", "y", "y against x").svg)
+    marks = reaches(panel)
+    assert [title for _, _, title in marks] == [point.title for point in given_points]
+    for x, y, _ in marks:
+        assert SVG["left"] <= x <= plots.WIDTH - plots.RIGHT
+        assert SVG["top"] <= y <= SVG["bottom"]
+    for (_, _, a, b), one in zip(found, marks, strict=True):
+        for (_, _, c, d), other in zip(found, marks, strict=True):
+            assert a > c or one[0] <= other[0]
+            assert b > d or one[1] >= other[1]
+    drawn = [(float(use.get("x")), float(use.get("y"))) for use in panel.iter("use")]
+    assert drawn == [pytest.approx(mark[:2], abs=0.06) for mark in marks], "what is seen is there"
+    boxes = [label_box(text) for text in labels(panel)]
     for number, box in enumerate(boxes):
         assert not any(overlap(box, other) for other in boxes[:number])
-        assert not any(box[0] < m.x < box[2] and box[1] < m.y < box[3] for m in panel.marks)
+        assert not any(box[0] < x < box[2] and box[1] < y < box[3] for x, y, _ in marks)
 
 
-def label_box(mark):
-    width = plots.LETTER * len(mark.label)
-    left = mark.label_x - {"start": 0, "middle": width / 2, "end": width}[mark.anchor]
-    middle = mark.label_y - 4
+def label_box(text):
+    width = plots.LETTER * len(text.text or "")
+    shift = {"start": 0, "middle": width / 2, "end": width}[text.get("text-anchor")]
+    left, middle = float(text.get("x")) - shift, float(text.get("y")) - 4
     return left, middle - plots.LINE / 2, left + width, middle + plots.LINE / 2
 
 
@@ -498,23 +522,48 @@ def overlap(one, other, slack=0.2):
     return across > slack and down > slack
 
 
+@settings(max_examples=30)
 @given(st.lists(st.floats(1e-3, 1e12), min_size=1, max_size=40), st.booleans())
 def test_curves_stay_in_their_frame_and_their_labels_apart(values, log):
     values = values if log else [value / 1e12 for value in values]
     found = [
         Curve(str(n), [(1, value, "one"), (2, value, "two")]) for n, value in enumerate(values)
     ]
-    panel = curves(found, "y", "x", log=log)
-    for line in panel.lines:
-        assert all(
-            panel.left <= x <= panel.right and panel.top <= y <= panel.bottom
-            for x, y, _ in line.dots
-        )
-    heights = sorted(line.label_y for line in panel.lines)
-    room = min(plots.LINE, (panel.bottom - panel.top) / max(1, len(values) - 1))
+    panel = ElementTree.fromstring(curves(found, "y", "x", "y over x", log=log).svg)
+    marks = reaches(panel)
+    assert [title for _, _, title in marks] == ["one", "two"] * len(values)
+    assert all(SVG["left"] <= x <= plots.WIDTH - plots.END for x, _, _ in marks)
+    assert all(SVG["top"] <= y <= SVG["bottom"] for _, y, _ in marks)
+    heights = sorted(float(text.get("y")) for text in labels(panel))
+    room = min(plots.LINE, (SVG["bottom"] - SVG["top"]) / max(1, len(values) - 1))
     assert all(b - a >= room - 0.15 for a, b in itertools.pairwise(heights))
-    assert 2 <= len(panel.y_ticks) <= 6
-    assert all(panel.top <= y <= panel.bottom for y, _ in panel.y_ticks)
+    ticks = [one.find("text") for one in panel.iter("g") if one.get("class") == "tick"]
+    told = [tick.text for tick in ticks if tick.get("text-anchor") == "end"]
+    assert 2 <= len(told) <= 12
+    assert len(set(told)) == len(told)
+
+
+def test_a_plot_asks_for_no_style_and_has_no_text_that_acts():
+    """The page's policy forbids styles inside of elements; formulas and tags are text."""
+    names = ("$x_1$", "<b>&amp;</b>", "\\frac", "😀")
+    values = {"x": (0.2, 0.1, 0.3), "y": (0.4, 0.3, 0.5)}
+    moved = {"x": (0.8, 0.7, 0.9), "y": (0.9, 0.3, 0.95)}
+    both = [Point(name, "front", name, values) for name in names[:1]]
+    both += [Point(name, "method", name, moved) for name in names[1:2]]
+    for name in names:
+        panel = scatter([*both, Point(name, "reference", name, values)], "x", "y", name)
+        assert "style" not in panel.svg and "color" not in panel.svg and "#0" not in panel.svg
+        shown = ElementTree.fromstring(panel.svg)
+        assert {title.text for title in shown.iter("title")} == {*names[:2], name}
+        assert not list(shown.iter("b"))
+        assert names[0] in {text.text for text in shown.iter("text")}
+
+
+def test_plots_of_the_same_numbers_are_the_same_bytes():
+    points = [Point("one", "front", "one", {"x": (0.2, 0.1, 0.3), "y": (0.4, 0.3, 0.5)})]
+    assert scatter(points, "x", "y", "a").svg == scatter(points, "x", "y", "a").svg
+    ids = [set(re.findall(r'id="(\w+)"', scatter(points, "x", "y", name).svg)) for name in "ab"]
+    assert ids[0] and not ids[0] & ids[1], "two plots on a page"
 
 
 def test_retention_is_drawn_and_told(tmp_path):

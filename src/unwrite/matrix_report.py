@@ -200,7 +200,8 @@ def _panel(profile: Mapping[str, Any]) -> Panel | None:
     lines = [_curve("low rank", list(enumerate(profile["rank"], start=1)))]
     for label, key in (("additive", "additive"), ("example mean", "example_mean")):
         lines.append(_curve(label, [(1, profile[key]), (last, profile[key])]))
-    return curves(lines, "R² in %", "rank")
+    name = "R² in % over the rank; the numbers are in the table of simple models"
+    return curves(lines, "R² in %", "rank", name)
 
 
 def _curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:

@@ -1,22 +1,39 @@
-"""Where the marks of a plot go: plain geometry in pixels, for a template to draw as inline SVG.
+"""Plots for the pages: drawn by matplotlib, coloured by the page.
 
-Two kinds of panel: scatter (one mark for each method, with the 95 % interval in both directions)
-and curves over a number of edits. Labels stand beside their marks, each where it covers nothing
-else; one that finds no such place is left out, and the title of the mark still tells.
+matplotlib lays out axes, ticks and marks and writes them as SVG. Its colours and fonts are taken
+out again and class names put in their place, so that a plot follows the page's style sheet into
+dark mode and onto paper, and asks for no style that the page's policy forbids. Every mark gets a
+title, which shows on hover, and a reach around it, so that it need not be hit exactly.
+
+Labels stand beside their marks, each where it covers nothing else; one that finds no such place is
+left out, and the title of the mark still tells.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
 
-WIDTH, HEIGHT = 340.0, 290.0  # of a panel
+from markupsafe import Markup
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH, HEIGHT = 340.0, 290.0  # of a panel, in the pixels of its view box
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 14.0, 44.0  # margins
 END = 108.0  # right margin of curves, where their labels are
 LETTER, LINE, RADIUS = 6.2, 13.0, 6.0  # width of a letter, height of a label, reach of a mark
 LONGEST = 28  # letters of a label
 HUES = 6  # colours of curves; further ones are told apart by dashes
+CLASSES = frozenset({"tick", "grid", "title", "whisker", "dot", "curve", "label"})  # in style.css
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -40,131 +57,232 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A point as drawn; ``whiskers`` are (x1, y1, x2, y2)."""
-
-    x: float
-    y: float
-    kind: str
-    title: str
-    whiskers: Sequence[Box]
-    label: str = ""
-    label_x: float = 0.0
-    label_y: float = 0.0
-    anchor: str = "start"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A curve as drawn: ``path`` is the SVG path, ``hue`` and ``dash`` are numbers from 0 on."""
-
-    path: str
-    dots: Sequence[tuple[float, float, str]]
-    hue: int
-    dash: int
-    label: str
-    label_x: float
-    label_y: float
-
-
-@dataclass(frozen=True)
 class Panel:
-    """One plot; ticks are (pixel, text)."""
+    """One plot: its title and the SVG of it, to be put into a page as it is."""
 
-    x_title: str
-    y_title: str
-    x_ticks: Sequence[tuple[float, str]]
-    y_ticks: Sequence[tuple[float, str]]
-    left: float
-    right: float
-    top: float
-    bottom: float
-    marks: Sequence[Mark] = ()
-    lines: Sequence[Line] = ()
+    title: str
+    svg: Markup
 
 
-@dataclass(frozen=True)
-class Axis:
-    """Maps values in [low, high] to pixels from ``start`` to ``end``; ``log``: by ratios."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a value, to a tenth; values outside lie at the edge."""
-        low, high, value = (self._scaled(one) for one in (self.low, self.high, value))
-        part = min(max((value - low) / (high - low), 0.0), 1.0)
-        return round(self.start + part * (self.end - self.start), 1)
-
-    def _scaled(self, value: float) -> float:
-        return math.log(value) if self.log else value
-
-
-def scatter(points: Sequence[Point], across: str, up: str) -> Panel:
-    """Two of the points' values against each other, both shares shown in percent.
+def scatter(points: Sequence[Point], across: str, up: str, name: str) -> Panel:
+    """Two of the points' values against each other, both shares shown in percent; ``name`` says in
+    words what is seen.
 
     The axes hold all values and begin where there are some: a difference of two points between
     methods must not vanish in a plot from 0 to 100. Whiskers end at the frame.
     """
-    low, high = _domain(point.values[across][0] for point in points)
-    x = Axis(low, high, LEFT, WIDTH - RIGHT)
-    low, high = _domain(point.values[up][0] for point in points)
-    y = Axis(low, high, HEIGHT - BOTTOM, TOP)
-    at = [(x(point.values[across][0]), y(point.values[up][0])) for point in points]
-    labels = _placed(points, at)
-    marks = []
-    for point, (px, py), label in zip(points, at, labels, strict=True):
-        (_, left, right), (_, least, most) = point.values[across], point.values[up]
-        whiskers = [(x(left), py, x(right), py), (px, y(least), px, y(most))]
-        marks.append(Mark(px, py, point.kind, point.title, whiskers, *label))
-    return Panel(
-        across,
-        up,
-        [(x(tick), f"{100 * tick:.0f}") for tick in _ticks(x.low, x.high)],
-        [(y(tick), f"{100 * tick:.0f}") for tick in _ticks(y.low, y.high)],
-        LEFT,
-        WIDTH - RIGHT,
-        TOP,
-        HEIGHT - BOTTOM,
-        marks=marks,
+    figure, axes = _axes(RIGHT)
+    axes.set_xlim(*_domain(point.values[across][0] for point in points))
+    axes.set_ylim(*_domain(point.values[up][0] for point in points))
+    _shares(axes.xaxis)
+    _shares(axes.yaxis)
+    axes.set_xlabel(across, gid="title")
+    axes.set_ylabel(up, gid="title")
+    at = [_pixel(axes, point.values[across][0], point.values[up][0]) for point in points]
+    for number, (point, place) in enumerate(zip(points, _placed(points, at), strict=True)):
+        (x, left, right), (y, low, high) = point.values[across], point.values[up]
+        axes.plot([left, right], [y, y], gid=f"whisker mark-{point.kind}")
+        axes.plot([x, x], [low, high], gid=f"whisker mark-{point.kind}")
+        shape = "s" if point.kind == "reference" else "o"
+        size = 8 if point.kind == "reference" else 10
+        axes.plot([x], [y], shape, markersize=size, clip_on=False, gid=f"dot {number}")
+        if place is not None:
+            _text(axes, *place, gid=f"label {number}")
+    drawing = _Drawing(figure, name)
+    for number, (point, (x, y)) in enumerate(zip(points, at, strict=True)):
+        group = drawing.group(f"mark-{point.kind}", f"dot {number}", f"label {number}")
+        drawing.reach(group, x, y, 9, point.title)
+    return Panel(f"{up} against {across}", drawing.svg())
+
+
+def curves(found: Sequence[Curve], title: str, across: str, name: str, log: bool = False) -> Panel:
+    """Lines over a count. Shares run from 0 to 100 %; with ``log``, any positive quantity."""
+    from matplotlib import ticker
+
+    figure, axes = _axes(END)
+    counts = sorted({point[0] for curve in found for point in curve.points})
+    axes.set_xlim(0, counts[-1])
+    axes.xaxis.set_major_locator(ticker.FixedLocator(counts[:: math.ceil(len(counts) / 6)]))
+    axes.xaxis.set_major_formatter(lambda count, _: f"{count:g}")
+    axes.set_xlabel(across, gid="title")
+    if log:
+        heights = [point[1] for curve in found for point in curve.points]
+        axes.set_yscale("log")
+        low, high = min(heights) / 1.05, max(heights) * 1.05
+        axes.set_ylim(low, high)
+        round_numbers = ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=6)
+        told = sum(low <= tick <= high for tick in round_numbers.tick_values(low, high))
+        axes.yaxis.set_major_locator(round_numbers if told > 1 else ticker.LinearLocator(3))
+        axes.yaxis.set_major_formatter(lambda tick, _: _number(tick))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+    else:
+        axes.set_ylim(0, 1)
+        _shares(axes.yaxis)
+    dots = [[_pixel(axes, x, y) for x, y, _ in curve.points] for curve in found]
+    heights = _apart([one[-1][1] for one in dots], TOP, HEIGHT - BOTTOM)
+    for number, (curve, one, height) in enumerate(zip(found, dots, heights, strict=True)):
+        xs, ys = [x for x, _, _ in curve.points], [y for _, y, _ in curve.points]
+        axes.plot(xs, ys, clip_on=False, gid=f"curve {number}")
+        axes.plot(xs, ys, "o", markersize=5.2, clip_on=False, gid=f"dot {number}")
+        label = _short(curve.label, 16)
+        _text(axes, label, one[-1][0] + 9, height + 4, "start", gid=f"label {number}")
+    drawing = _Drawing(figure, name)
+    for number, (curve, one) in enumerate(zip(found, dots, strict=True)):
+        words = f"hue{number % HUES} dash{min(number // HUES, 3)}"
+        group = drawing.group(words, f"curve {number}", f"dot {number}", f"label {number}")
+        for (x, y), (_, _, text) in zip(one, curve.points, strict=True):
+            drawing.reach(group, x, y, 7, text)
+    return Panel(title, drawing.svg())
+
+
+# ---- matplotlib, and what is left of it ----------------------------------------------------------
+
+
+def _axes(right: float) -> tuple[Figure, Axes]:
+    """An empty panel with a margin on the right; a point of matplotlib's is a pixel of ours."""
+    with _quietly():
+        from matplotlib.figure import Figure
+
+    figure = Figure((WIDTH / 72, HEIGHT / 72), dpi=72)
+    size = (WIDTH - LEFT - right) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT
+    axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, *size))
+    axes.spines[:].set_visible(False)
+    figure.patch.set_visible(False)
+    axes.patch.set_visible(False)
+    axes.tick_params(length=0, pad=6)
+    axes.grid(True)
+    return figure, axes
+
+
+def _shares(axis: Any) -> None:
+    """Ticks at tenths, or every second of them where there are many, told in percent."""
+    from matplotlib import ticker
+
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(ticker.MultipleLocator(0.1 if high - low < 0.55 else 0.2))
+    axis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
+
+
+def _pixel(axes: Axes, x: float, y: float) -> tuple[float, float]:
+    """Where a point is drawn; one outside of the frame is at its edge."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    inside = min(max(x, left), right), min(max(y, low), high)
+    across, up = axes.transData.transform(inside)
+    return round(float(across), 1), round(HEIGHT - float(up), 1)
+
+
+def _text(axes: Axes, text: str, x: float, y: float, anchor: str, gid: str) -> None:
+    """Text with its baseline at a pixel. It is text: a dollar sign begins no formula."""
+    sides = {"start": "left", "middle": "center", "end": "right"}
+    axes.text(
+        x,
+        HEIGHT - y,
+        text,
+        transform=None,
+        ha=sides[anchor],
+        va="baseline",
+        gid=gid,
+        parse_math=False,
+        clip_on=False,
     )
 
 
-def curves(found: Sequence[Curve], title: str, across: str, log: bool = False) -> Panel:
-    """Lines over a count. Shares run from 0 to 100 %; with ``log``, any positive quantity."""
-    counts = [point[0] for curve in found for point in curve.points]
-    last = max(counts)
-    x = Axis(0.0, last, LEFT, WIDTH - END)
-    if log:
-        heights = [point[1] for curve in found for point in curve.points]
-        low, high = min(heights) / 1.05, max(heights) * 1.05
-        y = Axis(low, high, HEIGHT - BOTTOM, TOP, log=True)
-        y_ticks = [(y(tick), _number(tick)) for tick in _log_ticks(low, high)]
-    else:
-        y = Axis(0.0, 1.0, HEIGHT - BOTTOM, TOP)
-        y_ticks = [(y(tick), f"{100 * tick:.0f}") for tick in _ticks(0.0, 1.0)]
-    dots = [[(x(a), y(b), text) for a, b, text in curve.points] for curve in found]
-    heights = _apart([one[-1][1] for one in dots], TOP, HEIGHT - BOTTOM)
-    lines = [
-        Line(
-            "M" + "L".join(f"{a} {b}" for a, b, _ in one),
-            one,
-            number % HUES,
-            number // HUES,
-            _short(curve.label, 16),
-            one[-1][0] + 9,
-            height + 4,
-        )
-        for number, (curve, one, height) in enumerate(zip(found, dots, heights, strict=True))
-    ]
-    steps = sorted(set(counts))
-    kept = steps[:: max(1, math.ceil(len(steps) / 6))]
-    x_ticks = [(x(count), f"{count:g}") for count in kept]
-    bounds = (LEFT, WIDTH - END, TOP, HEIGHT - BOTTOM)
-    return Panel(across, title, x_ticks, y_ticks, *bounds, lines=lines)
+class _Drawing:
+    """A figure as a tree of SVG elements without colours, to be grouped and written."""
+
+    def __init__(self, figure: Figure, name: str) -> None:
+        for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+            for artists, kind in ((axis.get_ticklabels(), "tick"), (axis.get_gridlines(), "grid")):
+                for artist in artists:
+                    artist.set_gid(kind)
+        self.root = ElementTree.fromstring(_written(figure, name))
+        self.root.attrib = {
+            "class": "panel",
+            "viewBox": f"0 0 {WIDTH:g} {HEIGHT:g}",
+            "role": "img",
+            "aria-label": name,
+        }
+        self.by_id: dict[str, ElementTree.Element] = {}
+        self._parents = {child: parent for parent in self.root.iter() for child in parent}
+        used = {
+            word.strip("#")
+            for element in self.root.iter()
+            for key, value in element.attrib.items()
+            for word in [value.removeprefix("url(").removesuffix(")")]
+            if word.startswith("#")
+        }
+        for element in list(self.root.iter()):
+            self._make_plain(element, used)
+
+    def _make_plain(self, element: ElementTree.Element, used: set[str]) -> None:
+        element.tag = element.tag.rpartition("}")[2]
+        element.text = element.text if element.tag == "text" else None
+        element.tail = None
+        if element.tag in ("metadata", "style"):
+            self._parents[element].remove(element)
+        style = element.attrib.pop("style", "")
+        if "text-anchor: " in style:
+            element.set("text-anchor", style.partition("text-anchor: ")[2].partition(";")[0])
+        for key in [key for key in element.attrib if "}" in key]:  # xlink:href
+            element.set(key.rpartition("}")[2], element.attrib.pop(key))
+        if element.get("id", "") not in used:
+            name = element.attrib.pop("id", "")
+            self.by_id[name] = element
+            if name.partition(" ")[0] in CLASSES:
+                element.set("class", name)
+
+    def group(self, words: str, *names: str) -> ElementTree.Element:
+        """A new group of class ``words`` on top, with the elements of these ids inside (those that
+        there are); each keeps the first word of its id as its class."""
+        group = ElementTree.SubElement(self.root, "g", {"class": words})
+        for name in names:
+            if (element := self.by_id.get(name)) is not None:
+                self._parents[element].remove(element)
+                element.set("class", name.partition(" ")[0])
+                group.append(element)
+        return group
+
+    def reach(
+        self, group: ElementTree.Element, x: float, y: float, radius: float, title: str
+    ) -> None:
+        """Room around a mark in which the pointer finds its title."""
+        circle = {"class": "reach", "cx": f"{x:g}", "cy": f"{y:g}", "r": f"{radius:g}"}
+        ElementTree.SubElement(
+            ElementTree.SubElement(group, "circle", circle), "title"
+        ).text = title
+
+    def svg(self) -> Markup:
+        """The whole of it."""
+        return Markup(ElementTree.tostring(self.root, "unicode"))
+
+
+def _written(figure: Figure, name: str) -> str:
+    """What matplotlib writes: the same bytes for the same figure, ids of other figures apart."""
+    import matplotlib
+
+    out = io.StringIO()
+    words: Any = {"svg.fonttype": "none", "svg.hashsalt": name}
+    with matplotlib.rc_context(words), _quietly():
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Type")))
+    return out.getvalue()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without remarks on a cache of fonts, and on signs that no font there has: the browser draws
+    the text."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# ---- where labels go -----------------------------------------------------------------------------
 
 
 def _domain(values: Iterable[float]) -> tuple[float, float]:
@@ -177,35 +295,16 @@ def _domain(values: Iterable[float]) -> tuple[float, float]:
     return low / 10, high / 10
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Tenths, or every second of them where there are many."""
-    step = 1 if high - low < 0.55 else 2
-    first = math.ceil(round(10 * low) / step) * step
-    return [tick / 10 for tick in range(first, round(10 * high) + 1, step)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """At most six round numbers between two positive ones; both ends where there is none."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1,)):
-        ticks = [digit * 10.0**power for power in decades for digit in digits]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= 6:
-            break
-    ticks = ticks[:: max(1, math.ceil(len(ticks) / 6))]
-    return ticks if len(ticks) > 1 else [low, high]
-
-
 def _number(tick: float) -> str:
     return f"{tick:,.0f}" if 10 <= tick < 1e6 else f"{tick:.3g}"
 
 
 def _placed(
     points: Sequence[Point], at: Sequence[tuple[float, float]]
-) -> list[tuple[str, float, float, str]]:
-    """Text, x, y and anchor of every label; the text is empty where nothing is free."""
+) -> list[tuple[str, float, float, str] | None]:
+    """Text, x, y and anchor of every label; None where nothing is free."""
     taken: list[Box] = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in at]
-    found = [("", 0.0, 0.0, "start")] * len(points)
+    found: list[tuple[str, float, float, str] | None] = [None] * len(points)
     order = sorted(
         range(len(points)), key=lambda one: ("front", "method", "reference").index(points[one].kind)
     )

@@ -135,18 +135,19 @@ class RunReport:
             first = next(row for row in own if row["method"] == entries[0]["method"])
             sentence, remarks = judge(entries)
             roles = [role for role in ROLES if entries[0]["scores"]["before"][role]["n"]]
-            curves_, steps = _retention(entries, own)
+            title = _title(plain(edits, LABEL), entries[0]["records"])
+            curves_, steps = _retention(entries, own, title)
             found.append(
                 {
                     "key": f"p{number}",
-                    "title": _title(plain(edits, LABEL), entries[0]["records"]),
+                    "title": title,
                     "verdict": sentence,
                     "remarks": remarks,
                     "about": _about(starts.get((first["start_fingerprint"], first["records"]))),
                     "entries": entries,
                     "before": entries[0]["scores"]["before"],
                     "roles": roles,
-                    "fronts": {form: _fronts(entries, form) for form in FORMS},
+                    "fronts": {form: _fronts(entries, form, title) for form in FORMS},
                     "differences": _differences(entries, roles),
                     "retention": curves_,
                     "steps": steps[:STEPS],
@@ -451,8 +452,8 @@ def _about(facts: Mapping[str, Any] | None) -> list[str]:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def _fronts(entries: Sequence[Entry], form: str) -> list[Panel]:
-    """Scatter panels of the criteria; none where there are not two of them."""
+def _fronts(entries: Sequence[Entry], form: str, place: str) -> list[Panel]:
+    """Scatter panels of the criteria at a place of the page; none where there are not two."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(_criteria(entries))]
     points, common = [], _common_words([str(one["method"]) for one in entries])
     for entry in entries:
@@ -469,7 +470,16 @@ def _fronts(entries: Sequence[Entry], form: str) -> list[Panel]:
         label = plain(entry["method"], LABEL)
         title = f"{label}: {', '.join(said)}" + ", on the front" * (kind == "front")
         points.append(Point(label.removeprefix(common), kind, title, values))
-    return [scatter(points, across, up) for across, up in pairs]
+    return [
+        scatter(
+            points,
+            across,
+            up,
+            f"{up} against {across} of every method, {form} form, {place}; "
+            "the numbers are in the table of scores",
+        )
+        for across, up in pairs
+    ]
 
 
 def _common_words(labels: Sequence[str]) -> str:
@@ -507,9 +517,10 @@ def _differences(entries: Sequence[Entry], roles: Sequence[str]) -> dict[str, An
 
 
 def _retention(
-    entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]]
+    entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]], place: str
 ) -> tuple[list[Panel], list[dict[str, Any]]]:
-    """Curves over the steps of a sequential run (token form, mean over seeds), and the numbers."""
+    """Curves over the steps of a sequential run (token form, mean over seeds), at a place of the
+    page, and the numbers."""
     steps = [
         {
             "method": row["method"],
@@ -538,7 +549,8 @@ def _retention(
             if points := _averaged(own, measure, entry["method"]):
                 found.append(Curve(plain(entry["method"], LABEL), points))
         if found:
-            panels.append(curves(found, title, "edits so far", log=measure == "perplexity"))
+            name = f"{title}, over edits so far, {place}; the numbers are in the table of steps"
+            panels.append(curves(found, title, "edits so far", name, log=measure == "perplexity"))
     return panels, steps
 
 
