@@ -110,10 +110,8 @@ def curves(found: Sequence[Curve], title: str, across: str, name: str, log: bool
         axes.set_yscale("log")
         low, high = min(heights) / 1.05, max(heights) * 1.05
         axes.set_ylim(low, high)
-        round_numbers = ticker.LogLocator(subs=(1.0, 2.0, 5.0), numticks=6)
-        told = sum(low <= tick <= high for tick in round_numbers.tick_values(low, high))
-        axes.yaxis.set_major_locator(round_numbers if told > 1 else ticker.LinearLocator(3))
-        axes.yaxis.set_major_formatter(lambda tick, _: _number(tick))
+        axes.yaxis.set_major_locator(_round_numbers(low, high))
+        axes.yaxis.set_major_formatter(lambda tick, _: f"{tick:,.6g}")
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     else:
         axes.set_ylim(0, 1)
@@ -161,6 +159,17 @@ def _shares(axis: Any) -> None:
     low, high = axis.get_view_interval()
     axis.set_major_locator(ticker.MultipleLocator(0.1 if high - low < 0.55 else 0.2))
     axis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
+
+
+def _round_numbers(low: float, high: float) -> Any:
+    """Where two to six ticks stand on a logarithmic axis."""
+    from matplotlib import ticker
+
+    for digits in ((1.0, 2.0, 5.0), (1.0,)):
+        found = ticker.LogLocator(subs=digits, numticks=6)
+        if 2 <= sum(low <= tick <= high for tick in found.tick_values(low, high)) <= 6:
+            return found
+    return ticker.MaxNLocator(4)
 
 
 def _pixel(axes: Axes, x: float, y: float) -> tuple[float, float]:
@@ -293,10 +302,6 @@ def _domain(values: Iterable[float]) -> tuple[float, float]:
     low = min(low, max(0, high - 3))
     high = max(high, min(10, low + 3))
     return low / 10, high / 10
-
-
-def _number(tick: float) -> str:
-    return f"{tick:,.0f}" if 10 <= tick < 1e6 else f"{tick:.3g}"
 
 
 def _placed(
