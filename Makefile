@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Two test processes share the machine; more than that only fight over its memory bandwidth.
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow check format docs build clean
+.PHONY: setup integrations demo test check format docs build clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	@touch $(STAMP)
+
+integrations: setup
+	@echo "Adding what the tests of integrations need (TRL, Ray, lm-eval, datasets and others)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,integrations]'
 
 demo: setup
 	@$(BIN)/python -m unwrite.demo demo
