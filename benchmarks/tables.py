@@ -8,6 +8,7 @@ pages to them.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from statistics import harmonic_mean, mean
 from typing import Any
@@ -57,6 +58,7 @@ def pages() -> dict[Path, str]:
         RESULTS: {
             "development": development(),
             "locate": locate(),
+            "choices": choices(),
             "study": study(),
             "forecasts": forecasts(),
             "replay": replay(),
@@ -158,6 +160,24 @@ def locate() -> list[str]:
             score = one[role]
             cells += [f"{100 * score['token']:.1f} / {100 * score['exact']:.1f}", str(score["n"])]
         found.append(row(name, *cells))
+    return found
+
+
+def choices() -> list[str]:
+    """What the defaults of ROME, MEMIT and their kin were chosen among, token form in per cent."""
+    found = [row("method", "differs in", "reliability", "locality"), row(*["---"] * 4)]
+    grid = committed("rome_memit")["defaults"]
+    by_name: dict[str, list[tuple[dict[str, str], dict[str, Any]]]] = {}
+    for one in grid:
+        name, _, fields = one["method"].rstrip(")").partition("(")
+        parts = re.findall(r"(\w+)=((?:\([^)]*\)|[^,(])+)", fields)
+        by_name.setdefault(name, []).append((dict(parts), one))
+    for name, runs in by_name.items():
+        told = [key for key in runs[0][0] if len({fields.get(key) for fields, _ in runs}) > 1]
+        for fields, one in runs:
+            settings = ", ".join(f"{key}={fields[key]}" for key in told)
+            scores = [f"{100 * one[role]:.0f}" for role in ("reliability", "locality")]
+            found.append(row(name, settings, *scores))
     return found
 
 
