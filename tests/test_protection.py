@@ -378,3 +378,20 @@ def test_a_hostile_prompt_is_shown_as_text(home, worlds):
     page = render(home.folder)
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        (0, "All 5 prompts were protected, and 2 of them changed."),
+        (
+            3,
+            "5 prompts were protected, and 2 of them changed; of the 3 others 1 changed "
+            "(forecast: 0.5 +- 0.5).",
+        ),
+    ],
+)
+def test_the_truth_is_told_without_others_that_are_none(others, told):
+    truth = {"protected": 5, "protected_changed": 2, "unprotected": others}
+    truth |= {"unprotected_changed": 1, "unprotected_expected": 0.5, "unprotected_std": 0.5}
+    assert protection._truth_told(truth) == told

@@ -437,8 +437,11 @@ def _outcome(lost: float, margin: float) -> dict[str, Any]:
 
 
 def _truth_told(truth: Mapping[str, Any]) -> str:
+    changed = f"{truth['protected_changed']} of them changed"
+    if not truth["unprotected"]:
+        return f"All {truth['protected']} prompts were protected, and {changed}."
     return (
-        f"{truth['protected']} prompts were protected, and {truth['protected_changed']} of them "
-        f"changed; of the {truth['unprotected']} others {truth['unprotected_changed']} changed "
+        f"{truth['protected']} prompts were protected, and {changed}; "
+        f"of the {truth['unprotected']} others {truth['unprotected_changed']} changed "
         f"(forecast: {truth['unprotected_expected']:.1f} +- {truth['unprotected_std']:.1f})."
     )
