@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+TOOLS  := build/tools
 STAMP  := $(VENV)/.installed
 # Two test processes share the machine; more than that only fight over its memory bandwidth.
 JOBS   ?= 2
 
-.PHONY: setup integrations demo test check format docs build clean
+.PHONY: setup integrations demo test check format docs build audit sbom clean
 
 setup: $(STAMP)
 
@@ -46,6 +47,19 @@ docs: setup
 
 build: setup
 	@$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+$(TOOLS):
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check 'pip-audit>=2.10' 'cyclonedx-bom>=7'
+
+# Known vulnerabilities of every pinned dependency; fails as well where they cannot be looked up.
+audit: $(TOOLS)
+	@$(TOOLS)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
+
+# What is installed, with versions and licences, as a software bill of materials (CycloneDX).
+sbom: setup $(TOOLS)
+	@$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file build/sbom.cdx.json $(BIN)/python
+	@echo "The bill of materials is in build/sbom.cdx.json"
 
 clean:
 	rm -rf $(VENV) demo dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,10 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
+from rich.progress import Progress
 from typer.testing import CliRunner
 
+from unwrite import console
 from unwrite.cli import app
 from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, score_rows
+from unwrite.progress import Bytes, amount
 from unwrite.scores import ROLES, from_json
 
 FIGURES = {
@@ -97,3 +100,29 @@ def test_the_option_holds_for_one_command(monkeypatch):
     assert plain.exit_code == pretty.exit_code == 0
     assert "\x1b" not in plain.stderr and "\x1b" in pretty.stderr
     assert PLAIN not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "told"),
+    [
+        (3, 7, "3 of 7"),
+        (1_200_000, Bytes(4_000_000_000), "1.2 MB of 4.0 GB"),
+        (0, Bytes(0), "0 bytes of 0 bytes"),
+    ],
+)
+def test_bytes_are_told_as_sizes(done, total, told, monkeypatch, capsys):
+    assert amount(done, total) == told
+    monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
+    if done:
+        with Terminal().stage("working", total) as advance:
+            advance(done, "")
+        assert f"working: {told}, about" in capsys.readouterr().err
+
+
+def test_a_bar_tells_sizes_too():
+    bars = Progress(console._Amount())
+    for total in (Bytes(4_000_000_000), 7):
+        task = bars.add_task("x", total=total, remark="", bytes=isinstance(total, Bytes))
+        bars.update(task, advance=2)
+    shown = [console._Amount().render(task).plain.strip() for task in bars.tasks]
+    assert shown == ["2 bytes of 4.0 GB", "2/7"]

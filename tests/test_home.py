@@ -1,5 +1,6 @@
 """The home: updates as transactions, undo to the bit, and numbers that can be recomputed."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -26,6 +27,7 @@ from unwrite.errors import (
     UnwriteError,
 )
 from unwrite.files import read_jsonl
+from unwrite.progress import Bytes, Silent
 from unwrite.weights import Weights, fingerprint
 
 QUICK = unwrite.FullFT(lr=2e-3, epochs=60)  # until learned: a few epochs
@@ -716,3 +718,30 @@ def test_a_base_that_cannot_be_changed_leaves_no_home(world, tmp_path):
     with pytest.raises(UnwriteError):
         unwrite.open(tmp_path / "home", base=world.folder)
     assert not (tmp_path / "home").exists()
+
+
+class Heard(Silent):
+    """What stages were told, in bytes."""
+
+    def __init__(self):
+        self.stages = []
+
+    @contextlib.contextmanager
+    def stage(self, title, total):
+        done = []
+        yield lambda units, remark: done.append(units)
+        self.stages.append((title, type(total) is Bytes, sum(done) == total))
+
+
+def test_what_streams_tells_its_bytes_to_the_end(worlds, tmp_path):
+    heard = Heard()
+    home = unwrite.open(tmp_path / "home", base=worlds().folder, progress=heard)
+    update = home.update(worlds().edits[:1], unwrite.FullFT(epochs=1, until="epochs"))
+    heard.stages.clear()
+    home.export(tmp_path / "exported")
+    home.compact()
+    assert home.verify() == []
+    home.undo(update.id)
+    found = {title: rest for title, *rest in heard.stages}
+    for title in ("writing tensors", "adding up", "verifying", "composing"):
+        assert found[title] == [True, True], title

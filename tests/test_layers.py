@@ -146,6 +146,7 @@ LAYERS = [
 SIDEWAYS = {
     ("executors", "errors"),
     ("files", "errors"),
+    ("progress", "files"),
     ("forgetting.examples", "edits"),
     ("forgetting.examples", "errors"),
     ("forgetting.examples", "files"),

@@ -22,7 +22,7 @@ from unwrite.errors import DamagedFile, HomeError
 from unwrite.files import sha256_file, write_json
 from unwrite.model import Skeleton
 from unwrite.pretrained import Source, resolve
-from unwrite.progress import Reporter
+from unwrite.progress import Advance, Bytes, Reporter, Silent, nobody
 from unwrite.tensorfile import tensor_sha256
 from unwrite.weights import Weights, fingerprint_of
 from unwrite.where import located
@@ -178,23 +178,37 @@ class Base:
                 )
         return Source(self.name, folder, self.kind, self.revision)
 
-    def problems(self, folder: Path) -> list[str]:
-        """Every file hashed: one sentence for each that is not as it was."""
-        return [
-            f"The base changed: {folder / name} is different from when the home was made."
-            for name, known in self.files.items()
-            if sha256_file(folder / name) != known["sha256"]
-        ]
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(known["size"] for known in self.files.values())
 
-    def fingerprint_with(self, folder: Path, deltas: Sequence[Delta]) -> str:
+    def problems(self, folder: Path, advance: Advance = nobody) -> list[str]:
+        """Every file hashed: one sentence for each that is not as it was. ``advance`` hears the
+        bytes."""
+        found = []
+        for name, known in self.files.items():
+            if sha256_file(folder / name) != known["sha256"]:
+                found.append(
+                    f"The base changed: {folder / name} is different from when the home was made."
+                )
+            advance(known["size"], name)
+        return found
+
+    def fingerprint_with(
+        self, folder: Path, deltas: Sequence[Delta], progress: Reporter | None = None
+    ) -> str:
         """Fingerprint of the state ``base + deltas``, recomposed tensor by tensor where touched."""
         hashes = dict(self.tensors)
-        touched = {name for delta in deltas for name in delta}
+        changed = {name for delta in deltas for name in delta}
+        names = {name: self.aliases.get(name, name) for name in hashes}
+        touched = [name for name, known in names.items() if known in changed]
         with Weights.from_folder(folder) as weights:
-            for name in hashes:
-                known = self.aliases.get(name, name)
-                if known in touched:
-                    hashes[name] = tensor_sha256(compose(weights, deltas, known))
+            sizes = [weights.bytes(names[name]) for name in touched]
+            with (progress or Silent()).stage("composing", Bytes(sum(sizes))) as advance:
+                for name, size in zip(touched, sizes, strict=True):
+                    hashes[name] = tensor_sha256(compose(weights, deltas, names[name]))
+                    advance(size, "")
         return fingerprint_of(hashes)
 
     def where(self, delta: Delta) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from unwrite.delta import Delta, Prefix, compose
 from unwrite.errors import DamagedFile, UnwriteError
 from unwrite.files import check_inside, sync_folder
 from unwrite.ledger import Ledger
-from unwrite.progress import Reporter
+from unwrite.progress import Bytes, Reporter
 from unwrite.weights import Weights
 
 NAME = "compacted"  # folder in a home
@@ -70,11 +70,11 @@ def compact(
     with (
         Weights.from_folder(source) as weights,
         scratch.beside(target) as folder,
-        progress.stage("adding up", len(names)) as advance,
+        progress.stage("adding up", Bytes(sum(map(weights.bytes, names)))) as advance,
     ):
 
         def added_up(name: str) -> Dense:
-            advance(1, "")
+            advance(weights.bytes(name), "")
             return Dense(compose(weights, deltas, name, torch.float32))
 
         stored = Prefix(names, added_up).save(folder / NAME, provenance=provenance)

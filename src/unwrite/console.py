@@ -25,6 +25,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -34,7 +35,7 @@ from rich.text import Text
 
 from unwrite.formats import hidden
 from unwrite.logbook import Logbook
-from unwrite.progress import Advance, Measured
+from unwrite.progress import Advance, Bytes, Measured, amount
 from unwrite.scores import ROLES, Scores
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ class Terminal:
             self._bars = Progress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=30),
-                MofNCompleteColumn(),
+                _Amount(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[remark]}", markup=False),
@@ -210,7 +211,7 @@ class Terminal:
             self._bars.start()
         bars = self._bars
         assert bars is not None
-        task = bars.add_task(title, total=total, remark="")
+        task = bars.add_task(title, total=total, remark="", bytes=isinstance(total, Bytes))
         try:
 
             def advance(units: int, remark: str) -> None:
@@ -256,6 +257,15 @@ class Terminal:
             self._log(line)
 
 
+class _Amount(MofNCompleteColumn):
+    """How much is done, in sizes where bytes are counted."""
+
+    def render(self, task: Task) -> Text:
+        if not task.fields["bytes"]:
+            return super().render(task)
+        return Text(amount(int(task.completed), Bytes(task.total or 0)))
+
+
 def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
     """Progress as a line now and then, with an estimate of what is left."""
     started = last = time.monotonic()
@@ -269,7 +279,7 @@ def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
             last = now
             left = (now - started) * (total - done) / done
             note = f", {remark}" if remark else ""
-            say(f"{title}: {done} of {total}, about {left:.0f} s left{note}")
+            say(f"{title}: {amount(done, total)}, about {left:.0f} s left{note}")
 
     return advance
 

@@ -29,7 +29,7 @@ from unwrite.files import speaking_of_disk, sync_folder
 from unwrite.ledger import Entry
 from unwrite.model import Skeleton
 from unwrite.pretrained import Source
-from unwrite.progress import Reporter
+from unwrite.progress import Bytes, Reporter
 from unwrite.tensorfile import TensorFileWriter, header_room
 from unwrite.weights import Weights, save_weights
 
@@ -105,11 +105,11 @@ def _write_model(
             shutil.copyfile(source.folder / name, folder / name)
     with (
         Weights.from_folder(source.folder) as weights,
-        progress.stage("writing tensors", len(weights)) as advance,
+        progress.stage("writing tensors", Bytes(weights.bytes())) as advance,
     ):
 
         def read(name: str) -> torch.Tensor:
-            advance(1, "")
+            advance(weights.bytes(name), "")
             return compose(weights, deltas, base.aliases.get(name, name))
 
         save_weights(folder, weights, read)

@@ -62,7 +62,7 @@ from unwrite.measuring import Clock
 from unwrite.model import Model
 from unwrite.observe import Question, observe, perplexity, questions, settle
 from unwrite.pretrained import Source, resolve
-from unwrite.progress import Reporter, Silent
+from unwrite.progress import Bytes, Reporter, Silent
 from unwrite.prompts import Protected, once_each
 from unwrite.protection import History, Outlook
 from unwrite.record import Undone, Update
@@ -522,7 +522,7 @@ class Home:
 
     def fingerprint(self, live: Sequence[str]) -> str:
         """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it."""
-        return self.base.fingerprint_with(self.source.folder, self._parts(live))
+        return self.base.fingerprint_with(self.source.folder, self._parts(live), self.progress)
 
     def _reliability(self, entry: Entry, live: Sequence[str]) -> Score:
         """How the state with ``live`` updates answers the edits of one of them."""
@@ -668,28 +668,27 @@ class Home:
             return [str(error)]
         applied = ledger.applied
         problems: list[str] = []
-        with self.progress.stage("verifying", len(applied) + 2) as advance:
-            problems += self.base.problems(source.folder)
-            advance(1, "base")
+        size = self.base.bytes + sum(entry["delta"]["bytes"] for entry in applied.values())
+        with self.progress.stage("verifying", Bytes(size)) as advance:
+            problems += self.base.problems(source.folder, advance)
             for update, entry in applied.items():
                 problems += self._problems_of(entry)
-                advance(1, update)
+                advance(entry["delta"]["bytes"], update)
             for folder in folders:
                 if folder.name not in applied:
                     problems.append(
                         f"{folder} is not in the ledger: the ledger lost its last lines, or the "
                         "folder was put there by hand."
                     )
-            if not problems:
-                problems += self._problems_of_state(ledger, source)
-            advance(1, "state")
+        if not problems:
+            problems += self._problems_of_state(ledger, source)
         return problems
 
     def _problems_of_state(self, ledger: Ledger, source: Source) -> list[str]:
         """Of the state, composed from all of its deltas; and of the sum that ``compact`` stored."""
         recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
         live = ledger.live()
-        if self.base.fingerprint_with(source.folder, self.deltas(live)) != recorded:
+        if self.base.fingerprint_with(source.folder, self.deltas(live), self.progress) != recorded:
             return ["The recomposed state is not the one recorded in the ledger."]
         try:
             total = compaction.stored(self.folder, self.base)

@@ -10,8 +10,21 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from unwrite.files import readable_size
+
 # Called with the number of units done since the last call and a short remark (may be empty).
 Advance = Callable[[int, str], None]
+
+
+class Bytes(int):
+    """The ``total`` of a stage that counts bytes: people read it as sizes."""
+
+
+def amount(done: int, total: int) -> str:
+    """How much is done: ``3 of 7``, or ``1.2 GB of 4.0 GB`` where bytes are counted."""
+    if isinstance(total, Bytes):
+        return f"{readable_size(done)} of {readable_size(total)}"
+    return f"{done} of {total}"
 
 
 class Measured(str):
@@ -36,12 +49,16 @@ class Reporter(Protocol):
         """One sentence that a person should read."""
 
 
+def nobody(units: int, remark: str) -> None:
+    """An ``Advance`` that nobody hears."""
+
+
 class Silent:
     """Hears everything, says nothing."""
 
     @contextlib.contextmanager
     def stage(self, title: str, total: int) -> Iterator[Advance]:
-        yield lambda units, remark: None
+        yield nobody
 
     def say(self, sentence: str) -> None:
         return None

@@ -37,7 +37,7 @@ from unwrite.files import read_jsonl, speaking_of_disk
 from unwrite.home import Home
 from unwrite.knowledge import answers
 from unwrite.page import plain
-from unwrite.progress import Advance
+from unwrite.progress import Advance, amount
 from unwrite.record import Update
 
 SENTENCES = 50  # kept of what a job says
@@ -100,6 +100,7 @@ class _Stage:
         passed = time.monotonic() - self.started
         left = passed * (1 - share) / share if share else None
         facts = {"title": self.title, "total": self.total, "done": self.done}
+        facts["amount"] = amount(self.done, self.total)
         return {**facts, "remark": plain(self.remark, 100), "seconds_left": left}
 
 
