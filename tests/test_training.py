@@ -1,6 +1,7 @@
 """Fine-tuning: against transformers' own Trainer, and the laws that all methods stand on."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from unwrite.errors import BadEdits, BadSetting, TrainingFailed
 from unwrite.methods.full_ft import FullFT
 from unwrite.model import Model, head_sees, pad
 from unwrite.testing import check_method
-from unwrite.training import Pair, Recipe, fine_tune, new_pairs, row_losses
+from unwrite.training import (
+    ANSWER_TOKENS_PROTECTED,
+    Pair,
+    Recipe,
+    fine_tune,
+    learned,
+    new_pairs,
+    row_losses,
+)
 
 FAST = {"lr": 1e-3}
 
@@ -254,6 +263,30 @@ def test_protection_keeps_bystanders_nearer(model, worlds):
             return sum(one.logprob for one in model.force(probes))
 
     assert unmoved(guarded) > unmoved(free) + 1.0
+
+
+def test_training_until_learned_also_waits_for_what_is_protected(model, worlds):
+    pairs = new_pairs(worlds().edits[:3])
+    kept = tuple(edit.prompt for edit in worlds().edits[20:24])
+    answers = model.generate(kept, ANSWER_TOKENS_PROTECTED)
+    sequences = [model.tokens(*one) for one in zip(kept, answers, strict=True)]
+
+    def taught_and_lost(trained):
+        with model.shifted(trained.delta):
+            lost = sum(one.matched < len(one.targets) for one in model.force(sequences))
+            return all(learned(model, pairs)), lost
+
+    recipe = Recipe(epochs=100, protect_weight=0.1, **FAST)
+    free = fine_tune(model, pairs, recipe)
+    taught, lost = taught_and_lost(free)
+    assert free.learned and taught and lost > 0
+    guarded = fine_tune(model, pairs, replace(recipe, protect=kept))
+    assert guarded.learned and guarded.epochs < 100
+    assert taught_and_lost(guarded) == (True, 0)
+    sooner = replace(recipe, protect=kept, epochs=guarded.epochs - 1)
+    hasty = fine_tune(model, pairs, sooner)
+    taught, lost = taught_and_lost(hasty)
+    assert not hasty.learned and taught and lost > 0, "it waited for them alone"
 
 
 def test_protection_with_weight_zero_is_no_protection(model, pairs, worlds):

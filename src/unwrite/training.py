@@ -61,7 +61,8 @@ class Recipe:
     """How to train: what all training methods have in common.
 
     ``epochs`` passes over the pairs, or at most so many with ``until="learned"``: then training
-    stops after the first epoch in which every answer token is the network's argmax. ``contexts``:
+    stops after the first epoch in which every answer token is the network's argmax, those of
+    protected prompts among them. ``contexts``:
     how many of the bundled neutral sentences may stand before a prompt (each row is bare in every
     other epoch; 0 for none). ``protect``: prompts on which the KL divergence from the state before
     is penalised with ``protect_weight``, on the network's own answers. ``precision="bf16"``
@@ -365,7 +366,7 @@ class _Run:
                     )
                     advance(1, Measured("loss", loss))
                 self.epoch += 1
-                self.learned = recipe.until == "learned" and self._all_right(self.courses[-1])
+                self.learned = recipe.until == "learned" and self._done(self.courses[-1])
 
     def _step(self, batches: Sequence[Sequence[Row]]) -> float:
         """One optimiser step on one batch a course; returns the loss of the last course.
@@ -486,17 +487,27 @@ class _Run:
         for number in torch.randperm(len(batches), generator=self.random).tolist():
             yield batches[number]
 
-    @torch.no_grad()
-    def _all_right(self, course: _Course) -> bool:
-        """Whether every answer to learn is the argmax now; ends at the first batch that is not."""
+    def _done(self, course: _Course) -> bool:
+        """Whether every answer to learn, and every one that is protected, is the argmax now."""
         wanted = [tokens for pair, tokens in course.rows if pair.weight > 0]
+        return self._all_right(wanted) and (
+            self.guard is None or self._all_right(self.guard.sequences)
+        )
+
+    @torch.no_grad()
+    def _all_right(self, wanted: Sequence[Tokens]) -> bool:
+        """Whether every answer is the argmax (in the last course); ends at the first batch that is
+        not."""
         batches = length_batches([len(tokens.ids) for tokens in wanted], rows=16)
         for first in range(0, len(batches), self.processes):
             # As many forward passes in every process: under FSDP they need each other.
             group = batches[first : first + self.processes]
             batch = group[min(self.rank, len(group) - 1)]
             ids, at_rows, columns, targets = pad([wanted[index] for index in batch])
-            with self._read_by([len(batch)]), head_sees(self.model.network, at_rows, columns):
+            with (
+                self._read_by([len(batch)]),
+                head_sees(self.model.network, at_rows, columns),
+            ):
                 output = self.model.network(input_ids=ids.to(self.device), use_cache=False)
             right = torch.equal(output.logits[0].float().argmax(dim=-1).cpu(), targets)
             if processes.summed(torch.tensor(0.0 if right else 1.0)) > 0:
