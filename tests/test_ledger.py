@@ -106,3 +106,26 @@ def test_any_file_is_a_ledger_or_a_sentence(tmp_path_factory, content):
     path.write_bytes(content)
     with pytest.raises(DamagedFile):
         Ledger.open(path)
+
+
+@pytest.mark.parametrize(
+    ("entries", "number", "says"),
+    [
+        ([{"do": "apply", "id": "u-1"}], 1, "none of init"),
+        ([{"do": "init"}, {"do": "init"}], 2, "none of init"),
+        ([{"do": "init"}, {"do": "erase", "of": "u-1"}], 2, "none of init"),
+        ([{"do": "init"}, {"do": "apply"}], 2, "names no update"),
+        ([{"do": "init"}, {"do": "revert", "of": 3}], 2, "names no update"),
+        ([{"do": "init"}, apply("u-1"), apply("u-1")], 3, "for the second time"),
+        ([{"do": "init"}, apply("u-1"), revert("u-2")], 3, "not live"),
+        ([{"do": "init"}, apply("u-1"), revert("u-1"), revert("u-1")], 4, "not live"),
+        ([{"do": "init"}, apply("u-1"), revert("u-1"), apply("u-1")], 4, "for the second time"),
+    ],
+)
+def test_whole_lines_that_make_no_history_are_refused(path, entries, number, says):
+    """Whoever wrote them knew how to make their hashes."""
+    ledger = Ledger(path, ())
+    for entry in entries:
+        ledger = ledger.append(entry)
+    with pytest.raises(DamagedFile, match=rf"line {number} is damaged: .*{says}"):
+        Ledger.open(path)
