@@ -64,6 +64,7 @@ def pages() -> dict[Path, str]:
             "replay": replay(),
             "sequence": sequence(),
             "protection": protection(),
+            "stop": stop(),
             **paper_blocks.blocks(),
         },
         SCALE: blocks(),
@@ -178,6 +179,21 @@ def choices() -> list[str]:
             settings = ", ".join(f"{key}={fields[key]}" for key in told)
             scores = [f"{100 * one[role]:.0f}" for role in ("reliability", "locality")]
             found.append(row(name, settings, *scores))
+    return found
+
+
+def stop() -> list[str]:
+    """Training with protected prompts, waiting for them and not; means over the draws of facts."""
+    result = measured("protected_stop")
+    if result is None:
+        return MISSING
+    shown = ("reliability", "generality", "locality", "harmonic_mean", "protected")
+    found = [row("way", "epochs", *shown, "perplexity"), row(*["---"] * 8)]
+    for way in dict.fromkeys(one["way"] for one in result["runs"]):
+        runs = [one for one in result["runs"] if one["way"] == way]
+        shares = [f"{100 * mean(one[name] for one in runs):.0f}" for name in shown]
+        epochs = ", ".join(str(one["epochs"]) for one in runs)
+        found.append(row(way, epochs, *shares, f"x {mean(r['perplexity'] for r in runs):.2f}"))
     return found
 
 

@@ -127,5 +127,68 @@ def test_whole_lines_that_make_no_history_are_refused(path, entries, number, say
     ledger = Ledger(path, ())
     for entry in entries:
         ledger = ledger.append(entry)
-    with pytest.raises(DamagedFile, match=rf"line {number} is damaged: .*{says}"):
+    with pytest.raises(DamagedFile, match=rf"line {number} is damaged: .*{says}") as caught:
         Ledger.open(path)
+    assert str(caught.value).startswith(f"{path}, line {number} is damaged: it ")
+    assert str(caught.value).endswith("; put back the ledger from a copy of the home.")
+
+
+def cut_off(lines):
+    return b"\n".join(lines)
+
+
+def text_of(lines):
+    return b"\n".join([*lines, b""])
+
+
+@pytest.mark.parametrize(
+    ("harm", "number", "says"),
+    [
+        (lambda lines: cut_off(lines), 3, "it does not end with a line break"),
+        (lambda lines: b"", 1, "the ledger is empty"),
+        (lambda lines: b"\n", 1, "it is not JSON"),
+        (lambda lines: text_of([lines[0], lines[1][:-1], lines[2]]), 2, "it is not JSON"),
+        (lambda lines: text_of([lines[0], b"[1]", lines[2]]), 2, "it is not as it was written"),
+        (
+            lambda lines: text_of([lines[0], lines[1].replace(b":", b": ", 1), lines[2]]),
+            2,
+            "it is not as it was written",
+        ),
+        (
+            lambda lines: text_of([*lines[:2], lines[2].replace(b'"n":2', b'"n":3')]),
+            3,
+            "its hash does not match its content",
+        ),
+        (lambda lines: text_of(lines[1:]), 1, "it does not follow the line before it"),
+        (lambda lines: text_of([*lines, lines[2]]), 4, "it does not follow the line before it"),
+    ],
+)
+def test_damage_is_told_with_its_line(path, harm, number, says):
+    filled(path, apply("a"), apply("b"))
+    path.write_bytes(harm(path.read_bytes().splitlines()))
+    with pytest.raises(DamagedFile) as caught:
+        Ledger.open(path)
+    assert str(caught.value) == (
+        f"{path}, line {number} is damaged: {says}. Nothing was changed; put back the ledger from "
+        "a copy of the home."
+    )
+
+
+def test_a_line_with_its_number_forged_does_not_follow(path):
+    """Its hash is that of its content, and it names the line before it."""
+    filled(path, apply("a"))
+    from unwrite.ledger import _hash, _line
+
+    lines = path.read_text().splitlines()
+    forged = json.loads(lines[1]) | {"n": 2}
+    forged["sha256"] = _hash(forged)
+    path.write_text("\n".join([lines[0], _line(forged)]) + "\n")
+    with pytest.raises(DamagedFile, match=r"line 2 .* does not follow"):
+        Ledger.open(path)
+
+
+def test_the_state_does_not_hang_on_what_was_reverted_before(path):
+    """Three live, the middle one reverted, another applied, and one more reverted."""
+    ledger = filled(path, apply("a"), apply("b"), apply("c"), revert("b"), apply("d"), revert("a"))
+    assert Ledger.open(path).live() == ["c", "d"]
+    assert Ledger.open(path) == ledger
