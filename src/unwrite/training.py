@@ -40,6 +40,7 @@ from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memory
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
+from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
 from unwrite.sharding import gathered, sharded
@@ -49,11 +50,13 @@ ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
 @dataclass(frozen=True)
 class Pair:
-    """One row to train on: answer ``prompt`` with ``answer``; a negative weight unlearns it."""
+    """One row to train on: answer ``prompt`` with ``answer``; a negative weight unlearns it.
+    ``subject``: whom or what the prompt is about, as it stands there."""
 
     prompt: str
     answer: str
     weight: float = 1.0
+    subject: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,9 @@ class Recipe:
     protected prompts among them. ``contexts``:
     how many of the bundled neutral sentences may stand before a prompt (each row is bare in every
     other epoch; 0 for none). ``protect``: prompts on which the KL divergence from the state before
-    is penalised with ``protect_weight``, on the network's own answers. ``precision="bf16"``
+    is penalised with ``protect_weight``, on the network's own answers. ``neighbours``: so many
+    made-up prompts an edit are protected in the same way (see the module ``neighbours``).
+    ``precision="bf16"``
     multiplies matrices in bf16 with fp32 master weights. ``accumulate``: a step is made on so many
     batches of ``batch_size`` rows, read one after the other: the step is that of one batch with all
     of these rows, the memory that of one with a few. ``optimizer``: see ``optimizers``.
@@ -83,6 +88,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = field(default=1, metadata={"later": True})
     optimizer: OptimizerName = field(default="adamw", metadata={"later": True})
+    neighbours: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         positive = {
@@ -94,8 +100,15 @@ class Recipe:
         for name, value in positive.items():
             if not value > 0:
                 raise BadSetting(f"{name} must be greater than 0, not {value}.")
-        if not self.max_grad_norm > 0 or not self.protect_weight >= 0 or self.contexts < 0:
-            raise BadSetting("max_grad_norm must be positive, protect_weight and contexts >= 0.")
+        if (
+            not self.max_grad_norm > 0
+            or not self.protect_weight >= 0
+            or self.contexts < 0
+            or self.neighbours < 0
+        ):
+            raise BadSetting(
+                "max_grad_norm must be positive; protect_weight, contexts, neighbours at least 0."
+            )
         if self.optimizer not in optimizers.NAMES:
             raise BadSetting(
                 f"There is no optimizer {self.optimizer!r}. Optimizers: "
@@ -135,7 +148,10 @@ class Trained:
 
 def new_pairs(edits: Sequence[Edit | Pair]) -> list[Pair]:
     """The pairs that teach the new answers; what is a pair already stays as it is."""
-    return [one if isinstance(one, Pair) else Pair(one.prompt, one.new) for one in edits]
+    return [
+        one if isinstance(one, Pair) else Pair(one.prompt, one.new, subject=one.subject)
+        for one in edits
+    ]
 
 
 def fine_tune(
@@ -180,7 +196,7 @@ def fine_tune(
         processes.called_in(model, _fine_tune_along, **orders),
         contextlib.ExitStack() as clean_up,
     ):
-        guard = _Protection.of(model, recipe)
+        guard = _Protection.of(model, recipe, pairs)
         clean_up.callback(model.network.requires_grad_, True)
         _freeze_others(model, names)
         # A sharded copy is trained in place of this network.
@@ -279,7 +295,7 @@ def fine_tune_adapters(
         processes.called_in(model, fine_tune_adapters, **orders),
         contextlib.ExitStack() as clean_up,
     ):
-        guard = _Protection.of(model, recipe)
+        guard = _Protection.of(model, recipe, next(iter(courses.values())))
         if start is not None and len(start):
             clean_up.enter_context(model.shifted(start))
         clean_up.enter_context(_memory_errors(recipe))
@@ -657,18 +673,21 @@ class _Protection:
     logprobs: list[torch.Tensor]  # per sequence: (answer tokens, vocabulary), fp32, on the CPU
 
     @classmethod
-    def of(cls, model: Model, recipe: Recipe) -> _Protection | None:
+    def of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
         """What is to be kept, as the model of the first process says it now."""
-        if not recipe.protect or recipe.protect_weight == 0:
+        if not (recipe.protect or recipe.neighbours) or recipe.protect_weight == 0:
             return None
-        return processes.told(lambda: cls._of(model, recipe))
+        return processes.told(lambda: cls._of(model, recipe, pairs))
 
     @classmethod
-    def _of(cls, model: Model, recipe: Recipe) -> _Protection | None:
-        answers = model.generate(recipe.protect, ANSWER_TOKENS_PROTECTED)
+    def _of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
+        asked = [(pair.prompt, pair.subject) for pair in pairs]
+        guessed = neighbours(asked, recipe.neighbours, recipe.seed) if recipe.neighbours else ()
+        prompts = tuple(dict.fromkeys((*recipe.protect, *guessed)))
+        answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
         sequences = [
             model.tokens(prompt, answer)
-            for prompt, answer in zip(recipe.protect, answers, strict=True)
+            for prompt, answer in zip(prompts, answers, strict=True)
             if answer.strip()  # the network ends the text at once: there is nothing to keep
         ]
         if not sequences:

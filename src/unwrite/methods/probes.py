@@ -75,7 +75,12 @@ def answers(model: Model, edits: Sequence[Edit], old: OldAnswers) -> Answers:
         elif old == "ask" or before is None:
             fallbacks += 1
         # A model that answers nothing at all has nothing to forget: its old answer is an end mark.
-        pairs.append((Pair(edit.prompt, before or "."), Pair(edit.prompt, after)))
+        pairs.append(
+            (
+                Pair(edit.prompt, before or ".", subject=edit.subject),
+                Pair(edit.prompt, after, subject=edit.subject),
+            )
+        )
     return Answers(
         tuple(one for one, _ in pairs), tuple(other for _, other in pairs), asked, fallbacks
     )

@@ -1,0 +1,34 @@
+"""Prompts like those of the edits about other subjects: what should not move with them.
+
+A fine-tune on "The capital of France is" moves what the model says of all capitals. Which questions
+are near is not known from an edit alone, but a good guess can be made of it: the same prompt about
+somebody or something else. Whatever the model says to it now, sense or not, is an anchor for
+the relation (``training.Recipe``: ``neighbours``). Nothing that an edit is scored on is read here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from unwrite.edits import read_edits
+
+
+def neighbours(asked: Sequence[tuple[str, str | None]], count: int, seed: int) -> tuple[str, ...]:
+    """For every ``(prompt, subject)``, ``count`` prompts with another subject in its place.
+
+    The subjects are drawn by ``seed`` from those of the bundled facts, without any of ``asked``. A
+    prompt without a subject, or in which it does not stand exactly once, gets none. No prompt that
+    is asked itself is among the result, and none stands there twice.
+    """
+    own = {subject for _, subject in asked if subject}
+    others = sorted({edit.subject for edit in read_edits("atlas") if edit.subject} - own)
+    draw = random.Random(seed)
+    found = [
+        prompt.replace(subject, other)
+        for prompt, subject in dict.fromkeys(asked)
+        if subject and prompt.count(subject) == 1
+        for other in draw.sample(others, min(count, len(others)))
+    ]
+    prompts = {prompt for prompt, _ in asked}
+    return tuple(dict.fromkeys(one for one in found if one not in prompts))
