@@ -112,3 +112,22 @@ def test_hostile_text_is_shown_as_text(kind, page, tmp_path):
     wide = page.evaluate("document.documentElement.scrollWidth")
     assert wide <= 1200, "ten thousand characters stick out"
     assert len(asked) == 1 and page.faults == []
+
+
+@pytest.mark.parametrize("kind", ["home", "comparison"])
+def test_a_slash_goes_to_the_search_and_escape_leaves_it(kind, page, tmp_path):
+    opened(page, tmp_path, kind)
+    page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
+    search = page.locator("input[type=search]:visible").first
+    rows = page.locator(".view").first.locator("tbody tr:visible:not(.group)")
+    everything = rows.count()
+    page.keyboard.press("/")
+    assert search.evaluate("box => box === document.activeElement")
+    page.keyboard.type("country 3/")
+    assert search.input_value() == "country 3/", "in a box a slash is a slash"
+    page.keyboard.press("Backspace")
+    assert 0 < rows.count() < everything
+    page.keyboard.press("Escape")
+    assert search.input_value() == "" and rows.count() == everything
+    assert page.evaluate("document.activeElement === document.body")
+    assert page.faults == []

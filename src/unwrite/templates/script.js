@@ -67,3 +67,18 @@ addEventListener("beforeprint", () => {
   for (const one of closed) one.open = true;
 });
 addEventListener("afterprint", () => { for (const one of closed) one.open = false; });
+document.addEventListener("keydown", (event) => {
+  const { target, key } = event;
+  if (key === "Escape" && target.matches("input[type=search]")) {
+    target.value = "";
+    target.dispatchEvent(new Event("input"));
+    target.blur();
+  }
+  if (key !== "/" || event.ctrlKey || event.metaKey || event.altKey || target.matches("input, select, textarea")) return;
+  const boxes = [...document.querySelectorAll("input[type=search]")].filter((box) => box.offsetParent);
+  const box = boxes.find((one) => one.getBoundingClientRect().bottom > 0) ?? boxes[0];
+  if (box) {
+    event.preventDefault();
+    box.focus();
+  }
+});
