@@ -326,7 +326,7 @@ def rows() -> list[str]:
 def campaigns() -> list[str]:
     """What was done to homes, readers and processes, and what was lost."""
     head = row("what was done", "tried", "what came of it", "lost")
-    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed()]
+    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed(), covered()]
 
 
 def killed() -> str:
@@ -364,6 +364,22 @@ def fuzzed() -> str:
         f"{found['executions']:,} inputs, {min(counts):,} to {max(counts):,} a reader",
         "an answer or one safe sentence",
         str(sum(one["open_findings"] for one in found["readers"].values())),
+    )
+
+
+def covered() -> str:
+    """The branches that tests take."""
+    modules = committed("branch_coverage")["modules"]
+    shares = {name: one["branches_taken"] / one["branches"] for name, one in modules.items()}
+    least = min(shares, key=lambda name: shares[name])
+    total, taken = (
+        sum(one[key] for one in modules.values()) for key in ("branches", "branches_taken")
+    )
+    return row(
+        f"branches of {len(modules)} modules taken by their tests: {', '.join(modules)}",
+        f"{total:,} branches",
+        f"{100 * taken / total:.1f} % taken; least in {least}, {100 * shares[least]:.1f} %",
+        "-",
     )
 
 
