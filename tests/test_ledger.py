@@ -1,11 +1,13 @@
 """The ledger: a fold over lines, and every kind of damage noticed."""
 
+import errno
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unwrite import files
 from unwrite.errors import DamagedFile, HomeError
 from unwrite.ledger import START, Ledger
 
@@ -192,3 +194,59 @@ def test_the_state_does_not_hang_on_what_was_reverted_before(path):
     ledger = filled(path, apply("a"), apply("b"), apply("c"), revert("b"), apply("d"), revert("a"))
     assert Ledger.open(path).live() == ["c", "d"]
     assert Ledger.open(path) == ledger
+
+
+def test_without_updates_the_answer_says_so(path):
+    with pytest.raises(HomeError, match=r"Updates: none yet\.$"):
+        filled(path).live(at="z")
+
+
+def test_text_is_written_as_it_is_and_what_is_no_number_not_at_all(path):
+    """Anyone can read the file; and it stays JSON that everybody reads."""
+    ledger = filled(path, {"do": "apply", "id": "ü"})
+    assert '"id":"ü"' in path.read_text("utf-8")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        ledger.append({"do": "apply", "id": "b", "score": float("nan")})
+    assert path.read_bytes() == before
+
+
+def test_an_update_may_have_any_name(path):
+    assert filled(path, apply("None"), revert("None")).live() == []
+    assert Ledger.open(path).live() == []
+
+
+def failing(path, when, real=files.write_atomically):
+    """The disk reports an error before or after the new content has its name."""
+
+    def write(target, content):
+        if when == "after":
+            real(target, content)
+        raise OSError(errno.EIO, "Input/output error")
+
+    return write
+
+
+def test_an_error_of_the_disk_before_the_line_is_there_is_that_error(path, monkeypatch):
+    ledger = filled(path)
+    before = path.read_bytes()
+    monkeypatch.setattr("unwrite.ledger.write_atomically", failing(path, "before"))
+    with pytest.raises(OSError, match="Input/output"):
+        ledger.append(apply("a"))
+    assert path.read_bytes() == before
+    path.unlink()
+    with pytest.raises(OSError, match="Input/output"):
+        ledger.append(apply("a"))
+
+
+def test_an_error_of_the_disk_after_the_line_is_there_says_that_it_is(path, monkeypatch):
+    ledger = filled(path)
+    monkeypatch.setattr("unwrite.ledger.write_atomically", failing(path, "after"))
+    with pytest.raises(HomeError) as caught:
+        ledger.append(apply("a"))
+    assert str(caught.value) == (
+        f"What was done is in {path}, but the disk reported an error afterwards (Input/output "
+        "error), so a power cut may still undo it. Check the disk, then run: unwrite verify "
+        f"{path.parent}"
+    )
+    assert Ledger.open(path).live() == ["a"]
