@@ -326,7 +326,7 @@ def rows() -> list[str]:
 def campaigns() -> list[str]:
     """What was done to homes, readers and processes, and what was lost."""
     head = row("what was done", "tried", "what came of it", "lost")
-    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed(), covered()]
+    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed(), covered(), mutated()]
 
 
 def killed() -> str:
@@ -379,6 +379,20 @@ def covered() -> str:
         f"branches of {len(modules)} modules taken by their tests: {', '.join(modules)}",
         f"{total:,} branches",
         f"{100 * taken / total:.1f} % taken; least in {least}, {100 * shares[least]:.1f} %",
+        "-",
+    )
+
+
+def mutated() -> str:
+    """The faults that were put into the source."""
+    found = committed("mutation")["files"]
+    counts = [one["outcomes"] for one in found.values()]
+    noticed = sum(one.get("killed", 0) + one.get("timeout", 0) for one in counts)
+    total = sum(one["mutants"] for one in found.values())
+    return row(
+        f"single faults put into the source of {', '.join(found)}, then its tests",
+        f"{total:,} faults",
+        f"{noticed:,} noticed; {total - noticed} not, explained below",
         "-",
     )
 
