@@ -87,6 +87,23 @@ def test_it_serves_the_updates_after_it_and_steps_aside_for_other_states(home, w
     assert unwrite.open(home.folder).fingerprint(undone.live) == undone.fingerprint
 
 
+def test_an_update_that_waits_for_its_confirmation_is_no_part_of_a_sum(home, worlds):
+    """The sum is of four updates, one of them undone since: three and the one that waits are four,
+    too, and the last of them has no line in the ledger."""
+    home.compact()
+    home.undo(home.ledger.live()[0], recheck=False)
+    before = home.fingerprint(home.ledger.live())
+
+    def look(candidate):
+        assert home.ask("ada lives in", at=candidate.id)
+        home.model("base")
+        assert home.ask("ada lives in", at=candidate.id)
+        return True
+
+    done = home.update(worlds().edits[7:8], noise(7), confirm=look)
+    assert done.fingerprint == home.fingerprint(home.ledger.live()) != before
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_nothing_is_rounded_twice(dtype, worlds, tmp_path):
     home = unwrite.open(tmp_path / "home", base=worlds(dtype=dtype).folder)

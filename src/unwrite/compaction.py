@@ -114,10 +114,11 @@ def check(total: Prefix, home: Path) -> None:
         total.verify()
 
 
-def _hashes(ledger: Ledger, updates: Sequence[str]) -> list[str]:
-    """The ledger lines of updates, which name every file of theirs."""
+def _hashes(ledger: Ledger, updates: Sequence[str]) -> list[str | None]:
+    """The ledger lines of updates, which name every file of theirs; None for one that waits for
+    its confirmation and has no line yet."""
     applied = ledger.applied
-    return [applied[update]["sha256"] for update in updates]
+    return [applied[one]["sha256"] if one in applied else None for one in updates]
 
 
 def damaged(home: Path, why: str) -> DamagedFile:
