@@ -22,15 +22,19 @@ KEPT = ("weights", "snapshot", "gradients", "moments")
 
 @pytest.fixture(autouse=True)
 def known_machine(monkeypatch):
-    """Speeds are not measured again for every test."""
+    """Speeds are not measured again for every test; and two plans can be compared, though the
+    process that makes them grows and shrinks in between."""
     monkeypatch.setattr(plan, "_speeds", lambda: (1e10, 1e10))
+    monkeypatch.setattr(plan, "_own_memory", lambda: 500_000_000)
 
 
-def test_speeds_are_measured(monkeypatch):
+def test_the_machine_is_measured(monkeypatch):
     monkeypatch.undo()
     operations, bandwidth = plan._speeds()
     assert 1e8 < operations < 1e16
     assert 1e7 < bandwidth < 1e14
+    before, held = plan._own_memory(), torch.ones(16 * 1024 * 1024)
+    assert plan._own_memory() - before > held.nbytes / 2
 
 
 @pytest.fixture
