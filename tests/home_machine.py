@@ -108,6 +108,7 @@ class HomeMachine(RuleBasedStateMachine):
         self.live: list[str] = []
         self.lines = 1
         self.exports = 0
+        self.done["new home"] += 1
         return self.updated(Noise(), 0)
 
     def teardown(self):
