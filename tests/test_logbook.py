@@ -66,7 +66,7 @@ def test_all_that_is_said_is_in_the_log(terminal, tmp_path, monkeypatch):
 
 def test_a_log_waits_for_the_folder_that_it_is_about(tmp_path):
     folder = tmp_path / "run"
-    log = Logbook(folder / "log.txt", when=folder / "plan.json")
+    log = Logbook(folder / "log.txt", when=(folder / "plan.json").exists)
     log.write("first")
     folder.mkdir()
     log.write("second")
@@ -112,6 +112,34 @@ def test_every_verb_writes_the_log_file_it_is_given(worlds, facts, tmp_path, mon
     assert logged(path)[-1] == worlds().edits[0].new
     assert run("--log-file", path, "show", home, "u-00000000").exit_code == 2
     assert any(line.startswith("Error: ") for line in logged(path))
+
+
+def test_a_committed_update_leaves_a_log_in_its_home_and_a_failed_one_none(
+    worlds, facts, tmp_path, snapshot
+):
+    home = tmp_path / "home"
+    update = ["update", home, facts, "--set", "lr=1e-3"]
+    assert run(*update, "--base", worlds().folder).exit_code == 0
+    lines = logged(home / LOG)
+    assert lines[0].startswith("$ unwrite")
+    assert any("Committed as u-" in line for line in lines)
+    before = snapshot(home)
+    assert run(*update, "--require", "perplexity_ratio<0.01").exit_code == 3
+    assert snapshot(home) == before
+    assert run(*update).exit_code == 0
+    assert logged(home / LOG)[: len(lines)] == lines
+    assert not any("perplexity_ratio" in line for line in logged(home / LOG))
+
+
+def test_a_log_that_can_no_longer_be_written_ends_and_the_update_stands(worlds, facts, tmp_path):
+    home = tmp_path / "home"
+    assert run("update", home, facts, "--base", worlds().folder).exit_code == 0
+    (home / LOG).unlink()
+    (home / LOG).mkdir()
+    done = run("update", home, facts)
+    assert done.exit_code == 0
+    assert done.stderr.count("ends here: Is a directory.") == 1
+    assert len(unwrite.open(home).ledger.applied) == 2
 
 
 class Fake:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -188,6 +189,8 @@ def update(
                 needs["protection"] = outlook.as_json()
             out.result({"dry_run": True, "committed": False, **needs})
             return
+        committed = Event()  # until then, the home is left as it was, its log included
+        out.log_to(user_path(home) / LOG, when=committed.is_set)
         opened = _open(home, base, trust_remote_code, out)
         if only_known:
             facts = _known(facts, opened, out)
@@ -209,6 +212,7 @@ def update(
                 out.result(measured.as_json())
                 out.as_json = False  # the one object has been printed
             raise
+        committed.set()
         _show_scores(out, f"{done.edits} edits by {done.method['name']}", done.before, done.after)
         _say_notes(out, done.notes)
         _say_protection(out, done.protection)
@@ -878,7 +882,7 @@ def _log_in(run: Path, out: Terminal) -> None:
     from unwrite.grid import NAME
 
     folder = user_path(run)
-    out.log_to(folder / LOG, when=folder / NAME)
+    out.log_to(folder / LOG, when=(folder / NAME).exists)
 
 
 def _show_comparison(out: Terminal, found: Any) -> None:

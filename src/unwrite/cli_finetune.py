@@ -57,7 +57,7 @@ def finetune(
         from unwrite import finetuning
 
         run = user_path(out_folder) / "run"
-        out.log_to(run / LOG, when=run / "run.json")
+        out.log_to(run / LOG, when=(run / "run.json").exists)
         course, letting = _settings(pairs(settings or []), seed)
         done = finetuning.finetune(
             base,

@@ -132,7 +132,7 @@ def collect(
             from unwrite.forgetting.collection import collect as collect_tasks
             from unwrite.forgetting.examples import read_examples
 
-            out.log_to(user_path(folder) / LOG, when=user_path(folder) / MEASURED)
+            out.log_to(user_path(folder) / LOG, when=(user_path(folder) / MEASURED).exists)
             tuner: Any = methods.build(method, pairs(settings or []))
             to_learn = _tasks(tasks or [], edits or [], limit)
             watched = read_examples(*(examples or ["atlas", "neutral"]))

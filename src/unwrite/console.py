@@ -82,7 +82,7 @@ class Terminal:
         if names := os.environ.get(TRACK):
             self._trackers = _trackers(names)
 
-    def log_to(self, path: Path, when: Path | None = None) -> None:
+    def log_to(self, path: Path, when: Callable[[], bool] | None = None) -> None:
         """From here on, write all that is said into a file as well (see ``Logbook``)."""
         log = Logbook(path, when)
         log.write(f"$ {harmless(shlex.join(['unwrite', *sys.argv[1:]]), 4000)}")
@@ -95,8 +95,12 @@ class Terminal:
             self._trackers.close()
 
     def _log(self, text: str) -> None:
-        for log in self._logs:
-            log.write(text)
+        for log in list(self._logs):
+            try:
+                log.write(text)
+            except OSError as error:  # what is done is done: no reason to fail
+                self._logs.remove(log)
+                self.warn(f"The log {log.path} ends here: {error.strerror}.")
 
     # ---- for people --------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from unwrite.errors import BadSetting
 class Logbook:
     """Appends lines to a file, each whole when ``write`` returns.
 
-    With ``when``, lines wait until that path is there: the folder of a run is not touched before
-    the run has claimed it, and a command that fails on bad input leaves nothing behind.
+    With ``when``, lines wait until it says yes: the folder of a run is not touched before the run
+    has claimed it, nor a home before the update is committed; a command that fails leaves nothing.
     """
 
-    def __init__(self, path: Path, when: Path | None = None) -> None:
-        """Raises ``BadSetting`` when the file cannot be written (with ``when``, later)."""
+    def __init__(self, path: Path, when: Callable[[], bool] | None = None) -> None:
+        """Raises ``BadSetting`` when the file cannot be written; with ``when``, ``write`` raises
+        ``OSError`` then."""
         self.path, self.when = path, when
         self._waiting: list[str] = []
         if when is None:
@@ -31,14 +33,13 @@ class Logbook:
         """The lines of ``text``, each behind the time."""
         now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
         self._waiting += [f"{now}  {line}".rstrip() + "\n" for line in text.splitlines()]
-        if self.when is None or _is_there(self.when):
+        if self._is_due():
             with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(self._waiting)
             self._waiting = []
 
-
-def _is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # too long for a name, or closed to us
-        return False
+    def _is_due(self) -> bool:
+        try:
+            return self.when is None or self.when()
+        except OSError:  # a path that is too long for a name, or closed to us
+            return False
