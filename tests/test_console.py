@@ -122,7 +122,7 @@ def test_bytes_are_told_as_sizes(done, total, told, monkeypatch, capsys):
 def test_a_bar_tells_sizes_too():
     bars = Progress(console._Amount())
     for total in (Bytes(4_000_000_000), 7):
-        task = bars.add_task("x", total=total, remark="", bytes=isinstance(total, Bytes))
+        task = bars.add_task("x", total=total, remark="")
         bars.update(task, advance=2)
     shown = [console._Amount().render(task).plain.strip() for task in bars.tasks]
     assert shown == ["2 bytes of 4.0 GB", "2/7"]

@@ -250,10 +250,8 @@ def features(
         from unwrite import api
         from unwrite.forgetting.examples import from_details
         from unwrite.forgetting.features import make_features
-        from unwrite.forgetting.matrix import is_bundled
 
-        if is_bundled(folder):
-            raise BadSetting("The bundled matrix is not written to; collect one of your own.")
+        _check_own(folder)
         matrix = _load(folder)
         learned = _tasks(tasks or [], edits or [], limit)
         unknown = [name for name in matrix.tasks if name not in learned]
@@ -423,13 +421,18 @@ def _append(
 ) -> ForgettingMatrix:
     from unwrite import api
     from unwrite.forgetting.collection import append_update
+
+    _check_own(folder)
+    _load(folder)  # before a model is loaded for nothing
+    opened = api.open(home, trust_remote_code=trust_remote_code, progress=out)
+    return append_update(opened, update, folder)
+
+
+def _check_own(folder: Path) -> None:
     from unwrite.forgetting.matrix import is_bundled
 
     if is_bundled(folder):
         raise BadSetting("The bundled matrix is not written to; collect one of your own.")
-    _load(folder)  # before a model is loaded for nothing
-    opened = api.open(home, trust_remote_code=trust_remote_code, progress=out)
-    return append_update(opened, update, folder)
 
 
 def _tasks(tasks: list[str], edits: list[str], limit: int | None) -> dict[str, list[Pair]]:

@@ -215,7 +215,7 @@ class Terminal:
             self._bars.start()
         bars = self._bars
         assert bars is not None
-        task = bars.add_task(title, total=total, remark="", bytes=isinstance(total, Bytes))
+        task = bars.add_task(title, total=total, remark="")
         try:
 
             def advance(units: int, remark: str) -> None:
@@ -265,9 +265,9 @@ class _Amount(MofNCompleteColumn):
     """How much is done, in sizes where bytes are counted."""
 
     def render(self, task: Task) -> Text:
-        if not task.fields["bytes"]:
-            return super().render(task)
-        return Text(amount(int(task.completed), Bytes(task.total or 0)))
+        if isinstance(task.total, Bytes):
+            return Text(amount(int(task.completed), task.total))
+        return super().render(task)
 
 
 def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:

@@ -330,21 +330,24 @@ def compose(
     if not live:
         return tensor
     _check_changeable(base, [name])
-    total = None if isinstance(live[0], Prefix) else _cast(tensor, torch.float32)
-    for delta in live:
-        change = delta[name]
-        if change.shape != tuple(tensor.shape):
-            raise TensorMismatch(
-                f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
-                f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
-            )
-        if total is None:
-            total = _cast(change.dense(), torch.float32)
-        else:
-            add_into(total, change)
-    assert total is not None, "there is a first one"
     dtype = dtype or tensor.dtype
+    if isinstance(live[0], Prefix):  # it has the base in it
+        tensor = _fitting(live.pop(0), name, base, tensor).dense()
+    total = _cast(tensor, torch.float32)
+    for delta in live:
+        add_into(total, _fitting(delta, name, base, tensor))
     return total if dtype == torch.float32 else _cast(total, dtype)
+
+
+def _fitting(delta: Delta, name: str, base: Weights, tensor: torch.Tensor) -> Change:
+    """The delta's change of a tensor of ``base``; ``TensorMismatch`` for one of another shape."""
+    change = delta[name]
+    if change.shape != tuple(tensor.shape):
+        raise TensorMismatch(
+            f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
+            f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
+        )
+    return change
 
 
 def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

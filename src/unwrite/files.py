@@ -119,6 +119,14 @@ def check_inside(home: Path, file: Path) -> None:
         )
 
 
+def files_inside(home: Path, folder: Path) -> list[Path]:
+    """What lies in a folder of a home; ``DamagedFile`` as ``check_inside`` if any leads out."""
+    found = list(folder.iterdir())
+    for file in found:
+        check_inside(home, file)
+    return found
+
+
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Hold the folder's write lock; raise ``HomeBusy`` at once if another process holds it.

@@ -48,6 +48,7 @@ from unwrite.errors import (
 from unwrite.export import export_state
 from unwrite.files import (
     check_inside,
+    files_inside,
     only_writer,
     read_json,
     read_jsonl,
@@ -210,8 +211,7 @@ class Home:
                 opened.append(self._candidate.delta)
                 continue
             folder = self._file(ledger.entry(update), "delta/delta.json").parent
-            for file in folder.iterdir():
-                check_inside(self.folder, file)
+            files_inside(self.folder, folder)
             delta = Delta.open(folder)
             delta.check_base(self.base.fingerprint, self.base.name)
             if update not in self._sound:
@@ -227,8 +227,7 @@ class Home:
         count = 0 if total is None else compaction.covered(total, self.ledger, live)
         if total is None or not count:
             return self.deltas(live)
-        name = f"{compaction.NAME} {live[count - 1]}"
-        if name not in self._sound:
+        if (name := _sum_up_to(live[count - 1])) not in self._sound:
             compaction.check(total, self.folder)
             self._sound.add(name)
         return [total, *self.deltas(live[count:])]
@@ -695,8 +694,10 @@ class Home:
             if total is None:
                 return []
             compaction.check(total, self.folder)
-            if compaction.covered(total, ledger, live) and self.fingerprint(live) != recorded:
-                raise compaction.damaged(self.folder, "It is not what the updates add up to.")
+            if count := compaction.covered(total, ledger, live):
+                self._sound.add(_sum_up_to(live[count - 1]))
+                if self.fingerprint(live) != recorded:
+                    raise compaction.damaged(self.folder, "It is not what the updates add up to.")
         except UnwriteError as error:
             return [str(error)]
         return []
@@ -711,8 +712,7 @@ class Home:
         if not problems:
             try:
                 folder = self._update_folder(entry["id"]) / "delta"
-                for file in folder.iterdir():
-                    check_inside(self.folder, file)
+                files_inside(self.folder, folder)
                 Delta.open(folder).verify()
             except UnwriteError as error:
                 problems.append(str(error))
@@ -761,6 +761,11 @@ class Home:
         if not _ID.fullmatch(update):
             raise DamagedFile(f"The ledger names an update {update!r}, which is not an id.")
         return self.folder / UPDATES / update
+
+
+def _sum_up_to(update: str) -> str:
+    """What the stored sum is called among what was found sound."""
+    return f"{compaction.NAME} {update}"
 
 
 def is_home(folder: str | Path) -> bool:

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
 from unwrite import page
 from unwrite.files import read_json
 from unwrite.forgetting.matrix import Array, ForgettingMatrix
-from unwrite.plots import Curve, Panel, curves
+from unwrite.plots import Curve, curves
 from unwrite.where import percent
 
 NAME, FIT = "report.html", "fit.json"
@@ -192,7 +193,7 @@ def _told(profile: Mapping[str, Any]) -> list[tuple[str, float | None]]:
     return rows + [(f"rank {rank}", r2) for rank, r2 in enumerate(profile["rank"], start=1)]
 
 
-def _panel(profile: Mapping[str, Any]) -> Panel | None:
+def _panel(profile: Mapping[str, Any]) -> Markup | None:
     """R2 by rank, with the means as level lines; None where it is undefined."""
     last = len(profile["rank"])
     if last < 2 or None in profile["rank"]:
@@ -201,7 +202,7 @@ def _panel(profile: Mapping[str, Any]) -> Panel | None:
     for label, key in (("additive", "additive"), ("example mean", "example_mean")):
         lines.append(_curve(label, [(1, profile[key]), (last, profile[key])]))
     name = "R² in % over the rank; the numbers are in the table of simple models"
-    return curves(lines, "R² in %", "rank", name)
+    return curves(lines, "rank", name)
 
 
 def _curve(label: str, points: Sequence[tuple[int, float]]) -> Curve:

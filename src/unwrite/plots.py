@@ -56,15 +56,7 @@ class Curve:
     points: Sequence[tuple[float, float, str]]
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One plot: its title and the SVG of it, to be put into a page as it is."""
-
-    title: str
-    svg: Markup
-
-
-def scatter(points: Sequence[Point], across: str, up: str, name: str) -> Panel:
+def scatter(points: Sequence[Point], across: str, up: str, name: str) -> Markup:
     """Two of the points' values against each other, both shares shown in percent; ``name`` says in
     words what is seen.
 
@@ -92,10 +84,10 @@ def scatter(points: Sequence[Point], across: str, up: str, name: str) -> Panel:
     for number, (point, (x, y)) in enumerate(zip(points, at, strict=True)):
         group = drawing.group(f"mark-{point.kind}", f"dot {number}", f"label {number}")
         drawing.reach(group, x, y, 9, point.title)
-    return Panel(f"{up} against {across}", drawing.svg())
+    return drawing.svg()
 
 
-def curves(found: Sequence[Curve], title: str, across: str, name: str, log: bool = False) -> Panel:
+def curves(found: Sequence[Curve], across: str, name: str, log: bool = False) -> Markup:
     """Lines over a count. Shares run from 0 to 100 %; with ``log``, any positive quantity."""
     from matplotlib import ticker
 
@@ -130,7 +122,7 @@ def curves(found: Sequence[Curve], title: str, across: str, name: str, log: bool
         group = drawing.group(words, f"curve {number}", f"dot {number}", f"label {number}")
         for (x, y), (_, _, text) in zip(one, curve.points, strict=True):
             drawing.reach(group, x, y, 7, text)
-    return Panel(title, drawing.svg())
+    return drawing.svg()
 
 
 # ---- matplotlib, and what is left of it ----------------------------------------------------------

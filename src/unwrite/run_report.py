@@ -23,7 +23,7 @@ from unwrite.grid import Plan
 from unwrite.heatmap import whereabouts
 from unwrite.knowledge import Group
 from unwrite.page import plain
-from unwrite.plots import Curve, Panel, Point, curves, scatter
+from unwrite.plots import Curve, Point, curves, scatter
 from unwrite.scores import ROLES
 from unwrite.where import percent
 
@@ -452,7 +452,7 @@ def _about(facts: Mapping[str, Any] | None) -> list[str]:
 # ---- plots ---------------------------------------------------------------------------------------
 
 
-def _fronts(entries: Sequence[Entry], form: str, place: str) -> list[Panel]:
+def _fronts(entries: Sequence[Entry], form: str, place: str) -> list[Markup]:
     """Scatter panels of the criteria at a place of the page; none where there are not two."""
     pairs = [pair for pair in PAIRS if set(pair) <= set(_criteria(entries))]
     points, common = [], _common_words([str(one["method"]) for one in entries])
@@ -518,9 +518,9 @@ def _differences(entries: Sequence[Entry], roles: Sequence[str]) -> dict[str, An
 
 def _retention(
     entries: Sequence[Entry], rows: Sequence[Mapping[str, Any]], place: str
-) -> tuple[list[Panel], list[dict[str, Any]]]:
-    """Curves over the steps of a sequential run (token form, mean over seeds), at a place of the
-    page, and the numbers."""
+) -> tuple[list[tuple[str, Markup]], list[dict[str, Any]]]:
+    """Titles and curves over the steps of a sequential run (token form, mean over seeds), at a
+    place of the page, and the numbers."""
     steps = [
         {
             "method": row["method"],
@@ -550,7 +550,8 @@ def _retention(
                 found.append(Curve(plain(entry["method"], LABEL), points))
         if found:
             name = f"{title}, over edits so far, {place}; the numbers are in the table of steps"
-            panels.append(curves(found, title, "edits so far", name, log=measure == "perplexity"))
+            drawn = curves(found, "edits so far", name, log=measure == "perplexity")
+            panels.append((title, drawn))
     return panels, steps
 
 
