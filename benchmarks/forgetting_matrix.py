@@ -44,6 +44,7 @@ from unwrite.tasks import read_tasks
 from unwrite.training import Pair
 
 BANK, UPDATES = "bank", "atlas"
+PAIRS = 48  # learned of a task at most
 TUNER = LoRA(epochs=3, until="epochs")
 
 
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", default="forgetting-smollm2")
     parser.add_argument("--tasks", type=int, help="learn at most so many of each kind")
     parser.add_argument("--examples", type=int, help="watch at most so many, evenly chosen")
-    parser.add_argument("--pairs", type=int, default=48, help="learn at most so many pairs a task")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="learned of a task")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--published", action="store_true")
     options = parser.parse_args()

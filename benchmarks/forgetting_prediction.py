@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.forgetting_matrix import tasks_of_bundled_text
+from benchmarks.forgetting_matrix import PAIRS, tasks_of_bundled_text
 from benchmarks.measure import write
 from unwrite import load
 from unwrite.errors import UnwriteError
@@ -40,7 +40,6 @@ from unwrite.forgetting.similarity import Features, models_beside
 
 BANK, UPDATES = "bank/", "atlas/"
 REVEALED, FOLDS = 30, 5
-PAIRS = 48  # read of a task, as collected
 Table = dict[str, dict[str, dict[str, float | None]]]
 
 

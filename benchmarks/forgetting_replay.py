@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.forgetting_matrix import TUNER, tasks_of_bundled_text
+from benchmarks.forgetting_matrix import PAIRS, TUNER, tasks_of_bundled_text
 from benchmarks.measure import write
 from unwrite import load
 from unwrite.files import write_atomically
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--work", required=True)
     parser.add_argument("--tasks", type=int, default=12)
     parser.add_argument("--measured", type=int, default=300, help="held-out examples at most")
-    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
     options = parser.parse_args()
     matrix = ForgettingMatrix.load(options.matrix)
     learned = tasks_of_bundled_text(None, options.pairs)

@@ -19,7 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.forgetting_matrix import TUNER, examples_of_bundled_text, tasks_of_bundled_text
+from benchmarks.forgetting_matrix import (
+    PAIRS,
+    TUNER,
+    examples_of_bundled_text,
+    tasks_of_bundled_text,
+)
 from benchmarks.measure import write
 from unwrite import load, methods
 from unwrite.delta import Delta
@@ -42,7 +47,7 @@ def main() -> None:
     parser.add_argument("--matrix")
     parser.add_argument("--tasks", type=int, default=20)
     parser.add_argument("--examples", type=int, default=300)
-    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     everything = tasks_of_bundled_text(None, options.pairs)

@@ -146,7 +146,7 @@ def text_of(lines):
 @pytest.mark.parametrize(
     ("harm", "number", "says"),
     [
-        (lambda lines: cut_off(lines), 3, "it does not end with a line break"),
+        (cut_off, 3, "it does not end with a line break"),
         (lambda lines: b"", 1, "the ledger is empty"),
         (lambda lines: b"\n", 1, "it is not JSON"),
         (lambda lines: text_of([lines[0], lines[1][:-1], lines[2]]), 2, "it is not JSON"),
@@ -216,7 +216,7 @@ def test_an_update_may_have_any_name(path):
     assert Ledger.open(path).live() == []
 
 
-def failing(path, when, real=files.write_atomically):
+def failing(when, real=files.write_atomically):
     """The disk reports an error before or after the new content has its name."""
 
     def write(target, content):
@@ -230,7 +230,7 @@ def failing(path, when, real=files.write_atomically):
 def test_an_error_of_the_disk_before_the_line_is_there_is_that_error(path, monkeypatch):
     ledger = filled(path)
     before = path.read_bytes()
-    monkeypatch.setattr("unwrite.ledger.write_atomically", failing(path, "before"))
+    monkeypatch.setattr("unwrite.ledger.write_atomically", failing("before"))
     with pytest.raises(OSError, match="Input/output"):
         ledger.append(apply("a"))
     assert path.read_bytes() == before
@@ -241,7 +241,7 @@ def test_an_error_of_the_disk_before_the_line_is_there_is_that_error(path, monke
 
 def test_an_error_of_the_disk_after_the_line_is_there_says_that_it_is(path, monkeypatch):
     ledger = filled(path)
-    monkeypatch.setattr("unwrite.ledger.write_atomically", failing(path, "after"))
+    monkeypatch.setattr("unwrite.ledger.write_atomically", failing("after"))
     with pytest.raises(HomeError) as caught:
         ledger.append(apply("a"))
     assert str(caught.value) == (

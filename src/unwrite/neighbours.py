@@ -21,6 +21,8 @@ def neighbours(asked: Sequence[tuple[str, str | None]], count: int, seed: int) -
     prompt without a subject, or in which it does not stand exactly once, gets none. No prompt that
     is asked itself is among the result, and none stands there twice.
     """
+    if not count:
+        return ()
     own = {subject for _, subject in asked if subject}
     others = sorted({edit.subject for edit in read_edits("atlas") if edit.subject} - own)
     draw = random.Random(seed)

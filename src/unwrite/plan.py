@@ -2,9 +2,9 @@
 
 Counts come from the configuration of the model (see ``footprint``) and the tokenised edits; speeds
 are measured for a fraction of a second on this machine. Memory is told to within some ten percent,
-of sharded runs too low (docs/scale.md says how it was checked).
-Time is of the right size, not exact: a learner that stops when the facts are learned is counted
-with half of its epochs, a method of several rounds with half of its rounds.
+of sharded runs too low (docs/scale.md says how it was checked). Time is of the right size, not
+exact: a learner that stops when the facts are learned is counted with half of its epochs, a method
+of several rounds with half of its rounds.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 On a processor torch multiplies fp32 matrices by MKL, and MKL gives those of another maker than its
 own code for half the width of their vector units. oneDNN, which torch contains as well, uses what
-the processor has (docs/notes/products.md). Results differ in the last
-bits only, as they do between any two libraries.
+the processor has (docs/notes/products.md). Results differ in the last bits only, as they do between
+any two libraries.
 
 The choice hangs on the processor alone, never on a measurement: the same machine computes the same.
 """

@@ -65,15 +65,14 @@ class Recipe:
 
     ``epochs`` passes over the pairs, or at most so many with ``until="learned"``: then training
     stops after the first epoch in which every answer token is the network's argmax, those of
-    protected prompts among them. ``contexts``:
-    how many of the bundled neutral sentences may stand before a prompt (each row is bare in every
-    other epoch; 0 for none). ``protect``: prompts on which the KL divergence from the state before
-    is penalised with ``protect_weight``, on the network's own answers. ``neighbours``: so many
-    made-up prompts an edit are protected in the same way (see the module ``neighbours``).
-    ``precision="bf16"``
-    multiplies matrices in bf16 with fp32 master weights. ``accumulate``: a step is made on so many
-    batches of ``batch_size`` rows, read one after the other: the step is that of one batch with all
-    of these rows, the memory that of one with a few. ``optimizer``: see ``optimizers``.
+    protected prompts among them. ``contexts``: how many of the bundled neutral sentences may stand
+    before a prompt (each row is bare in every other epoch; 0 for none). ``protect``: prompts on
+    which the KL divergence from the state before is penalised with ``protect_weight``, on the
+    network's own answers. ``neighbours``: so many made-up prompts an edit are protected in the same
+    way (see the module ``neighbours``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
+    master weights. ``accumulate``: a step is made on so many batches of ``batch_size`` rows, read
+    one after the other: the step is that of one batch with all of these rows, the memory that of
+    one with a few. ``optimizer``: see ``optimizers``.
     """
 
     epochs: int = 20
@@ -520,10 +519,7 @@ class _Run:
             group = batches[first : first + self.processes]
             batch = group[min(self.rank, len(group) - 1)]
             ids, at_rows, columns, targets = pad([wanted[index] for index in batch])
-            with (
-                self._read_by([len(batch)]),
-                head_sees(self.model.network, at_rows, columns),
-            ):
+            with self._read_by([len(batch)]), head_sees(self.model.network, at_rows, columns):
                 output = self.model.network(input_ids=ids.to(self.device), use_cache=False)
             right = torch.equal(output.logits[0].float().argmax(dim=-1).cpu(), targets)
             if processes.summed(torch.tensor(0.0 if right else 1.0)) > 0:
@@ -682,7 +678,7 @@ class _Protection:
     @classmethod
     def _of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
         asked = [(pair.prompt, pair.subject) for pair in pairs]
-        guessed = neighbours(asked, recipe.neighbours, recipe.seed) if recipe.neighbours else ()
+        guessed = neighbours(asked, recipe.neighbours, recipe.seed)
         prompts = tuple(dict.fromkeys((*recipe.protect, *guessed)))
         answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
         sequences = [
