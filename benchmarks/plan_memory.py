@@ -35,6 +35,12 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "full-ft, batches of 12": ("full-ft", SHORT | {"batch_size": "12"}, {}),
     "full-ft, adafactor": ("full-ft", SHORT | {"optimizer": "adafactor"}, {}),
     "full-ft, sgd": ("full-ft", SHORT | {"optimizer": "sgd"}, {}),
+    "full-ft, in the backward pass": ("full-ft", SHORT | {"in_backward": "true"}, {}),
+    "full-ft, sgd in the backward pass": (
+        "full-ft",
+        SHORT | {"optimizer": "sgd", "in_backward": "true"},
+        {},
+    ),
     "lora": ("lora", SHORT, {}),
     "loc-ft": ("loc-ft", SHORT, {}),
     "full-ft, two processes": ("full-ft", SHORT, {"processes": 2}),

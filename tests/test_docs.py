@@ -38,7 +38,8 @@ def test_every_default_is_explained():
     for name in methods.METHODS:
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         for field in methods.describe(name)["fields"]:
-            common = ("seed", "precision", "protect", "accumulate", "optimizer", "neighbours")
+            common = ("seed", "precision", "protect", "accumulate", "optimizer")
+            common += ("neighbours", "in_backward")
             assert f"`{field}" in section or field in common, field
 
 

@@ -271,12 +271,29 @@ def test_what_would_fit_is_said_and_fits(tmp_path):
     said = " ".join(needs.advice)
     for word, changed, layout in [
         ("batch_size=1", unwrite.FullFT(batch_size=1), here),
-        ("optimizer=adafactor", unwrite.FullFT(optimizer="adafactor"), here),
+        ("optimizer=adafactor (", unwrite.FullFT(optimizer="adafactor"), here),
         ("lora", unwrite.LoRA(), here),
     ]:
         fits = plan.for_model(folder, changed, layout=layout, memory=10**12).memory_bytes
         assert (word in said) == (fits <= 0.8 * most)
     assert plan.for_model(folder, method, layout=here, memory=10**12).advice == ()
+
+
+def test_where_even_adafactor_does_not_fit_its_gradients_need_not_be_kept(tmp_path):
+    llama(tmp_path, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6)
+    frugal = unwrite.FullFT(optimizer="adafactor")
+    least = unwrite.FullFT(optimizer="adafactor", in_backward=True)
+    much, little = (
+        plan.for_model(tmp_path, one, layout=Layout(device="cuda"), memory=10**12)
+        for one in (frugal, least)
+    )
+    largest = max(one.numel() * 4 for one in plan.outline("", tmp_path).parameters())
+    assert little.parts["gradients"] == largest < much.parts["gradients"]
+    memory = (much.memory_bytes + little.memory_bytes) // 2
+    advice = plan.for_model(
+        tmp_path, unwrite.FullFT(), layout=Layout(device="cuda"), memory=memory
+    ).advice
+    assert any("adafactor and in_backward=true" in sentence for sentence in advice)
 
 
 def test_layouts_that_make_no_sense_are_refused():

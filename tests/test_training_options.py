@@ -83,6 +83,55 @@ def test_the_memory_of_an_optimiser_is_what_is_planned(name):
     assert held == optimizers.state_bytes(name, shapes)
 
 
+@pytest.mark.parametrize("name, lr", [("adamw", 1e-3), ("adafactor", 2e-2), ("sgd", 0.3)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_steps_within_the_backward_pass_are_the_same_steps(worlds, pairs, name, lr, tied):
+    """Bit for bit where no gradient is clipped; the weights of a tied head are stepped once."""
+    model = Model.load(worlds("llama" if tied else "gpt_neox").folder)
+    common = {"epochs": 3, "until": "epochs", "lr": lr, "optimizer": name, "max_grad_norm": 1e9}
+    at_once = fine_tune(model, pairs, Recipe(**common))
+    within = fine_tune(model, pairs, Recipe(**common, in_backward=True))
+    assert within.losses == at_once.losses
+    assert set(within.delta) == set(at_once.delta)
+    for tensor in within.delta:
+        assert torch.equal(within.delta[tensor].dense(), at_once.delta[tensor].dense()), tensor
+
+
+def test_twins_step_within_the_backward_pass(model, worlds):
+    facts, common = worlds().edits[:5], {"epochs": 2, "until": "epochs", "max_grad_norm": 1e9}
+    at_once, within = (
+        unwrite.Delicate(rounds=1, tuner=unwrite.LoRA(**common, in_backward=one)).delta(
+            model, facts
+        )
+        for one in (False, True)
+    )
+    apart, length = distance(at_once, within)
+    assert length > 0 and apart == 0
+
+
+def test_within_the_backward_pass_gradients_go_as_they_come(model, pairs):
+    """No two are there at once, and the network keeps neither gradients nor hooks."""
+    there = []
+
+    def count(parameter):
+        there.append(sum(one.grad is not None for one in model.network.parameters()))
+
+    handles = [one.register_hook(count) for one in model.network.parameters()]
+    fine_tune(model, pairs, Recipe(epochs=1, until="epochs", in_backward=True))
+    for handle in handles:
+        handle.remove()
+    assert there and max(there) <= 1
+    assert all(one.grad is None for one in model.network.parameters())
+    assert not any(one._post_accumulate_grad_hooks for one in model.network.parameters())
+
+
+def test_within_the_backward_pass_each_gradient_is_bounded_by_itself(model, pairs):
+    recipe = {"epochs": 1, "until": "epochs", "lr": 1e-2, "batch_size": 16, "optimizer": "sgd"}
+    changed = fine_tune(model, pairs, Recipe(**recipe, max_grad_norm=1e-3, in_backward=True)).delta
+    for name in changed:
+        assert float(changed[name].dense().double().norm()) == pytest.approx(1e-5, rel=1e-2), name
+
+
 def test_eight_bits_take_a_quarter(monkeypatch):
     """Of the moments of a large tensor; a small one is not worth it."""
     assert optimizers.state_bytes("adamw-8bit", [(1024, 1024)]) < 0.26 * 8 * 1024**2
@@ -94,6 +143,12 @@ def test_what_cannot_be_is_refused_with_the_reason(model, pairs, monkeypatch):
         Recipe(optimizer="lion")
     with pytest.raises(BadSetting, match="accumulate must be greater than 0"):
         Recipe(accumulate=0)
+    with pytest.raises(BadSetting, match="nothing can be accumulated"):
+        Recipe(accumulate=2, in_backward=True)
+    monkeypatch.setattr("unwrite.training.processes.count", lambda: 2)
+    with pytest.raises(BadSetting, match="in one process only"):
+        fine_tune(model, pairs, Recipe(in_backward=True))
+    monkeypatch.undo()
     found = {"bitsandbytes": None}
     monkeypatch.setattr(optimizers.importlib.util, "find_spec", found.get)
     eight = Recipe(optimizer="adamw-8bit")

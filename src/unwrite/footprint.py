@@ -68,6 +68,7 @@ class Work:
     answer_tokens: int
     optimizer: OptimizerName = "adamw"
     adapter_weights: int = 0
+    in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ def training(network: Any, anatomy: Anatomy, work: Work, layout: Layout) -> Foot
         }
     else:
         parts["snapshot"] = 0 if work.trained is None else learned
-    parts["gradients"] = learned // share
+    largest = max((_bytes([shape]) for shape in trained), default=0)
+    parts["gradients"] = largest if work.in_backward else learned // share
     parts["moments"] = moments // share
     parts["activations"] = _saved(network, anatomy, work, mine, layout.recomputed)
     logits = mine * work.answer_tokens * network.config.get_text_config().vocab_size * FP32
     parts["logits"] = 3 * logits  # themselves, their softmax and its gradient
+    if work.in_backward and work.optimizer != "adamw" and layout.device == "cpu":
+        # When all else is gone, the change is made; AdamW has a moment in whose place it goes.
+        gone = parts["gradients"] + parts["activations"] + parts["logits"]
+        parts["change"] = max(0, learned - gone)
     where = dict.fromkeys(parts, "device" if layout.device == "cuda" else "host")
     if layout.offloaded:
         where |= dict.fromkeys(("shards", "gradients", "moments"), "host")

@@ -9,13 +9,17 @@
 The step of ``adafactor`` is ``lr`` times the root mean square of the tensor itself (at least 1e-3
 of it), so it wants a far larger ``lr`` than the others: 1e-3 moves every weight by about a
 thousandth of its size.
+
+``InBackward`` steps tensor by tensor during the backward pass, so that the gradients of all of them
+never lie in memory together (Lv et al., arXiv 2306.09782).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,6 +67,43 @@ def build(
         eight_bit: torch.optim.Optimizer = AdamW8bit(given, lr=lr, weight_decay=0.0)
         return eight_bit
     return torch.optim.AdamW(given, lr=lr, weight_decay=0.0, fused=True)
+
+
+class InBackward:
+    """Steps every parameter by an optimiser of its own as soon as its gradient is complete, and
+    frees that. ``max_norm`` bounds the gradient of each parameter alone, because the norm of all of
+    them is known too late. Raises as ``check`` does."""
+
+    def __init__(
+        self,
+        name: OptimizerName,
+        groups: Sequence[Iterable[torch.nn.Parameter]],
+        lr: float,
+        max_norm: float,
+    ) -> None:
+        self.max_norm = max_norm
+        self._each = {one: build(name, [[one]], lr) for group in groups for one in group}
+
+    @property
+    def state(self) -> Mapping[torch.nn.Parameter, Mapping[str, Any]]:
+        """What is kept of each parameter, as in ``torch.optim.Optimizer``."""
+        return {one: optimizer.state[one] for one, optimizer in self._each.items()}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Within the block, a backward pass is a step."""
+        handles = [one.register_post_accumulate_grad_hook(self._step) for one in self._each]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _step(self, parameter: torch.Tensor) -> None:
+        assert isinstance(parameter, torch.nn.Parameter)
+        torch.nn.utils.clip_grad_norm_([parameter], self.max_norm)
+        self._each[parameter].step()
+        parameter.grad = None
 
 
 def state_bytes(name: OptimizerName, shapes: Iterable[Sequence[int]]) -> int:

@@ -307,6 +307,7 @@ class _Shape:
             answer_tokens=self.longest[1],
             optimizer=recipe.optimizer,
             adapter_weights=self._adapters(recipe) if isinstance(recipe, LoRA) else 0,
+            in_backward=recipe.in_backward,
         )
         return footprint.training(self.network, self.anatomy, work, layout)
 
@@ -346,6 +347,12 @@ def _advice(shape: _Shape, method: Any, layout: Layout, free: int) -> Iterator[s
     frugal, places = methods.replaced(method, "optimizer", "adafactor")
     if places and (peak := fits(frugal, layout)):
         yield f"It fits with optimizer=adafactor ({readable_size(peak)}; it wants another lr)."
+    least, places = methods.replaced(frugal, "in_backward", True)
+    if places and not peak and layout.processes == 1 and (peak := fits(least, layout)):
+        yield (
+            f"It fits with optimizer=adafactor and in_backward=true ({readable_size(peak)}; it "
+            "wants another lr)."
+        )
     if places and layout.device == "cuda":
         processes = 2
         while processes <= MOST_PROCESSES:

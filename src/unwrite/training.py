@@ -72,7 +72,9 @@ class Recipe:
     way (see the module ``neighbours``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
     master weights. ``accumulate``: a step is made on so many batches of ``batch_size`` rows, read
     one after the other: the step is that of one batch with all of these rows, the memory that of
-    one with a few. ``optimizer``: see ``optimizers``.
+    one with a few. ``optimizer``: see ``optimizers``. ``in_backward``: each tensor is stepped as
+    soon as its gradient is there, so that only the largest gradient needs memory; ``max_grad_norm``
+    then bounds every tensor's gradient by itself.
     """
 
     epochs: int = 20
@@ -88,6 +90,7 @@ class Recipe:
     accumulate: int = field(default=1, metadata={"later": True})
     optimizer: OptimizerName = field(default="adamw", metadata={"later": True})
     neighbours: int = field(default=0, metadata={"later": True})
+    in_backward: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         positive = {
@@ -107,6 +110,11 @@ class Recipe:
         ):
             raise BadSetting(
                 "max_grad_norm must be positive; protect_weight, contexts, neighbours at least 0."
+            )
+        if self.in_backward and self.accumulate > 1:
+            raise BadSetting(
+                "in_backward steps within every backward pass, so nothing can be accumulated: use "
+                "one of the two."
             )
         if self.optimizer not in optimizers.NAMES:
             raise BadSetting(
@@ -179,6 +187,7 @@ def fine_tune(
     ``TrainingFailed`` when the loss is no longer a number or memory runs out.
     """
     rows = _rows(model, pairs)
+    _check_processes(recipe)
     start = start or Delta.nothing()
     start.check_fits(model.weights)
     started = time.perf_counter()
@@ -284,6 +293,7 @@ def fine_tune_adapters(
     """
     started = time.perf_counter()
     rows = {name: _rows(model, pairs) for name, pairs in courses.items()}
+    _check_processes(recipe)
     if processes.shards():
         raise BadSetting(
             "Adapters are not trained under FSDP: their model is frozen and lies whole in every "
@@ -345,9 +355,14 @@ class _Run:
         self.model, self.device, self.recipe = model, device, recipe
         self.courses, self.guard = courses, guard
         self.after_step, self.loss, self.banks = after_step, loss, banks
-        self.optimizer = optimizers.build(
-            recipe.optimizer, [course.parameters.values() for course in courses], recipe.lr
-        )
+        groups = [course.parameters.values() for course in courses]
+        self.optimizer: torch.optim.Optimizer | optimizers.InBackward
+        if recipe.in_backward:
+            self.optimizer = optimizers.InBackward(
+                recipe.optimizer, groups, recipe.lr, recipe.max_grad_norm
+            )
+        else:
+            self.optimizer = optimizers.build(recipe.optimizer, groups, recipe.lr)
         self.rank, self.processes = processes.rank(), processes.count()
         self.in_step: Callable[[bool], contextlib.AbstractContextManager[Any]]
         self.network, self.in_step = _data_parallel(model.network)
@@ -371,7 +386,9 @@ class _Run:
         with (
             self.model.progress.stage("training", total) as advance,
             _sparse_embedding(self.model) if alone else contextlib.nullcontext(),
-            freed_memory_is_kept(),
+            # What is freed early must not stay: a heap that is never trimmed has holes.
+            contextlib.nullcontext() if recipe.in_backward else freed_memory_is_kept(),
+            self._stepping(),
         ):
             while self.epoch < recipe.epochs and not self.learned:
                 rows_of_courses = self._with_contexts()
@@ -413,16 +430,28 @@ class _Run:
                 )
         for course, value in zip(self.courses, values, strict=True):
             course.losses.append(value)
-            trained = list(course.parameters.values())
-            torch.nn.utils.clip_grad_norm_(trained, self.recipe.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._move()
         if self.after_step is not None:
             with torch.no_grad():
                 for course in self.courses:
                     here = _of_this_process(course.parameters)
                     self.after_step(here, Step(step, self.epoch, values[-1]))
         return float(values[-1])
+
+    def _move(self) -> None:
+        """The optimiser's step, unless the backward pass was it."""
+        if isinstance(self.optimizer, optimizers.InBackward):
+            return
+        for course in self.courses:
+            trained = list(course.parameters.values())
+            torch.nn.utils.clip_grad_norm_(trained, self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _stepping(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.optimizer, optimizers.InBackward):
+            return self.optimizer.attached()
+        return contextlib.nullcontext()
 
     def _multiplying(self) -> contextlib.AbstractContextManager[Any]:
         bf16 = self.recipe.precision == "bf16"
@@ -542,6 +571,14 @@ class Share:
         mine = list(part[processes.rank() :: processes.count()])
         weight = len(mine) / total * processes.count() if total else 0.0
         return cls(mine or list(part[:1]), weight)
+
+
+def _check_processes(recipe: Recipe) -> None:
+    if recipe.in_backward and processes.count() > 1:
+        raise BadSetting(
+            "in_backward works in one process only: several have to bring their gradients together "
+            "before a step. Launch one, or leave it out."
+        )
 
 
 def _data_parallel(
