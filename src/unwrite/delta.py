@@ -27,6 +27,7 @@ from unwrite import scratch
 from unwrite.change import Change, Dense, add_into, in_step
 from unwrite.deltafile import LARGEST_SHARD, SavedChanges, TensorFacts, save_changes, totals
 from unwrite.errors import BadSetting, TensorMismatch
+from unwrite.files import readable_size
 from unwrite.tensorfile import empty_tensor
 from unwrite.weights import Progress, Weights, check_same_tensors, listed
 
@@ -62,7 +63,7 @@ class DeltaSummary:
         plural = "" if self.tensors == 1 else "s"
         return (
             f"{self.encoding}, {self.tensors:,} tensor{plural}, "
-            f"{100 * self.changed_fraction:.3g} % of weights, {_size(self.bytes)}, "
+            f"{100 * self.changed_fraction:.3g} % of weights, {readable_size(self.bytes)}, "
             f"norm {math.sqrt(self.squared_norm):.3g}, heaviest: {self.heaviest}"
         )
 
@@ -388,12 +389,3 @@ def _model(provenance: Mapping[str, Any]) -> str:
     """The base of a delta, for a message."""
     name = repr(provenance["base_name"]) if "base_name" in provenance else "a model"
     return f"{name} (fingerprint {str(provenance.get('base'))[:4]}…)"
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"

@@ -356,7 +356,8 @@ def is_plain_name(name: object, suffix: str) -> bool:
         isinstance(name, str)
         and name.endswith(suffix)
         and not name.startswith(".")
-        and not any(mark in name for mark in ("/", "\\", ":", "\0"))
+        and name.isprintable()
+        and not any(mark in name for mark in ("/", "\\", ":"))
     )
 
 
