@@ -19,7 +19,8 @@ from unwrite.methods.memit import MEMIT, layers_of
 from unwrite.methods.rome import ROME
 from unwrite.model import Model
 from unwrite.testing import toy_edits
-from unwrite.trace import KINDS, LAST_SUBJECT, ROLES, lines, picture, strongest_layer, trace
+from unwrite.trace import KINDS, LAST_SUBJECT, ROLES, Trace, lines, strongest_layer, trace
+from unwrite.trace_picture import picture
 
 EDITS = [
     Edit(edit.paraphrases[0], edit.new, subject=edit.subject, id=edit.id)
@@ -133,13 +134,26 @@ def test_a_trace_is_that_of_the_base(model, cache):
 def test_the_picture_has_a_cell_for_every_effect(model):
     found = trace(model, EDITS)
     root = xml.fromstring(picture(found))
-    cells = [cell for cell in root.iter() if cell.tag.endswith("title")]
+    cells = [one for one in root.iter() if (one.get("id") or "").startswith("QuadMesh")]
     rows = [row for kind in found.effects for row in kind if row is not None]
-    assert len(cells) == found.layers * len(rows)
+    assert len(cells) == len(KINDS)
+    styles = [cell.get("style") for one in cells for cell in one]
+    assert len(styles) == found.layers * len(ROLES) * len(KINDS)
+    empty = [style for style in styles if "fill-opacity: 0" in style or "fill: none" in style]
+    assert len(styles) - len(empty) == found.layers * len(rows)
+    assert set(ROLES) <= {one.text for one in root.iter() if one.tag.endswith("text")}
     shown = lines(found)
     assert len(shown) == len(rows) + len(KINDS)
     assert any("█" in line for line in shown)
     assert json.loads(json.dumps(found.as_json()))["strongest"] == found.strongest
+
+
+def test_a_name_that_means_something_elsewhere_is_shown_in_the_picture():
+    effects = [[[0.1, 0.2]] * len(ROLES)] * len(KINDS)
+    drawn = picture(Trace("<b>$x_1$</b>\u202e&", 2, 0.5, 0.1, effects))
+    texts = [one.text for one in xml.fromstring(drawn).iter() if one.tag.endswith("text")]
+    assert "<b>$x_1$</b>[U+202E]&: the MLP put back, 2 facts" in texts
+    assert picture(Trace("a", 2, 0.5, 0.1, effects)) == picture(Trace("a", 2, 0.5, 0.1, effects))
 
 
 def test_methods_can_take_their_layers_from_it(model):

@@ -745,6 +745,7 @@ def trace(
         from unwrite import api
         from unwrite import trace as tracing
         from unwrite.files import write_atomically
+        from unwrite.trace_picture import picture
 
         facts = _read(edits, limit, offset, out)
         model = api.load(model_name, trust_remote_code=trust_remote_code, progress=out)
@@ -756,7 +757,7 @@ def trace(
             f"the subject is disturbed; MLPs around layer {found.strongest} bring back most."
         )
         if out_file is not None:
-            write_atomically(out_file, tracing.picture(found))
+            write_atomically(out_file, picture(found))
             out.data(str(out_file))
         out.result(found.as_json())
 

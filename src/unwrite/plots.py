@@ -128,6 +128,42 @@ def curves(found: Sequence[Curve], across: str, name: str, log: bool = False) ->
 # ---- matplotlib, and what is left of it ----------------------------------------------------------
 
 
+def heat_maps(
+    grids: Sequence[tuple[str, Sequence[Sequence[float] | None]]],
+    rows: Sequence[str],
+    across: str,
+    scale: str,
+) -> str:
+    """A picture by itself, SVG with its own colours: grids of values of at least 0 above one
+    another, each with a title and a scale; what is below 0 is as 0. A row that is None stays
+    empty."""
+    import matplotlib
+
+    with _quietly(), matplotlib.rc_context({"font.size": 9, "axes.titlesize": 10}):
+        from matplotlib.figure import Figure
+
+        columns = max(len(row) for _, grid in grids for row in grid if row is not None)
+        figure = Figure((3.4 + 0.2 * columns, 0.2 + 2.1 * len(grids)), layout="constrained")
+        figure.patch.set_facecolor("white")
+        for axes, (title, grid) in zip(
+            figure.subplots(len(grids), squeeze=False)[:, 0], grids, strict=True
+        ):
+            values = [[math.nan] * columns if row is None else list(row) for row in grid]
+            most = max((one for row in grid if row is not None for one in row), default=0.0)
+            image = axes.pcolormesh(
+                values, cmap="Blues", vmin=0, vmax=max(most, 1e-9), edgecolors="white", linewidth=1
+            )
+            axes.invert_yaxis()
+            axes.set_yticks([line + 0.5 for line in range(len(rows))], rows)
+            axes.set_xticks([at + 0.5 for at in range(0, columns, 5)], range(0, columns, 5))
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+            axes.set_xlabel(across)
+            axes.set_title(title, loc="left", parse_math=False)
+            figure.colorbar(image, label=scale).outline.set_visible(False)
+        return _written(figure, across)
+
+
 def _axes(right: float) -> tuple[Figure, Axes]:
     """An empty panel with a margin on the right; a point of matplotlib's is a pixel of ours."""
     with _quietly():

@@ -14,7 +14,6 @@ of the base, also when the model at hand has been changed since.
 from __future__ import annotations
 
 import contextlib
-import html
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -295,7 +294,6 @@ def _mean(model: str, facts: Sequence[_Traced]) -> Trace:
 # ---- the familiar picture ------------------------------------------------------------------------
 
 SHADES = " ░▒▓█"
-CELL, LEFT, TOP = 16, 170, 40  # pixels
 
 
 def lines(found: Trace) -> list[str]:
@@ -311,40 +309,6 @@ def lines(found: Trace) -> list[str]:
                 )
                 shown.append(f"{role:>22} |{cells}|")
     return shown
-
-
-def picture(found: Trace) -> str:
-    """The picture as a self-contained SVG: one panel a kind, roles down, layers across."""
-    panel = TOP + CELL * len(ROLES) + 40
-    width = LEFT + CELL * found.layers + 30
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{2 * panel + 10}" '
-        'font-family="sans-serif" font-size="11">',
-        f'<rect width="{width}" height="{2 * panel + 10}" fill="white"/>',
-    ]
-    for number, (kind, rows) in enumerate(zip(KINDS, found.effects, strict=True)):
-        top = number * panel + TOP
-        most = max((max(row) for row in rows if row is not None), default=0.0)
-        title = (
-            f"{found.model}: probability regained by putting back the {kind} "
-            f"({found.facts} facts, most {most:+.3f})"
-        )
-        parts.append(f'<text x="10" y="{top - 14}" font-size="12">{html.escape(title)}</text>')
-        for line, (role, row) in enumerate(zip(ROLES, rows, strict=True)):
-            y = top + line * CELL
-            parts.append(f'<text x="{LEFT - 8}" y="{y + CELL - 4}" text-anchor="end">{role}</text>')
-            for layer, value in enumerate(row or ()):
-                red_green = round(255 * (1 - 0.85 * _depth(value, most)))
-                parts.append(
-                    f'<rect x="{LEFT + layer * CELL}" y="{y}" width="{CELL}" height="{CELL}" '
-                    f'fill="rgb({red_green},{red_green},255)">'
-                    f"<title>{role}, layer {layer}: {value:+.4f}</title></rect>"
-                )
-        for layer in range(0, found.layers, 5):
-            x = LEFT + layer * CELL + CELL // 2
-            y = top + CELL * len(ROLES) + 14
-            parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{layer}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _depth(value: float, most: float) -> float:
