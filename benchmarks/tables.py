@@ -326,8 +326,7 @@ def rows() -> list[str]:
 def campaigns() -> list[str]:
     """What was done to homes, readers and processes, and what was lost."""
     head = row("what was done", "tried", "what came of it", "lost")
-    rows = (killed(), flipped(), fuzzed(), soaked(), loaded(), covered(), mutated())
-    return [head, row(*["---"] * 4), *rows]
+    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed(), covered(), mutated()]
 
 
 def killed() -> str:
@@ -365,30 +364,6 @@ def fuzzed() -> str:
         f"{found['executions']:,} inputs, {min(counts):,} to {max(counts):,} a reader",
         "an answer or one safe sentence",
         str(sum(one["open_findings"] for one in found["readers"].values())),
-    )
-
-
-def soaked() -> str:
-    """Random operations beside a reference in memory."""
-    found = committed("soak")
-    return row(
-        f"{found['minutes'] / 60:.1f} hours of random operations of {len(found['by_kind'])} kinds "
-        "on homes, beside plain tensors in memory",
-        f"{found['operations']:,} operations on {found['homes']:,} homes",
-        f"after each the same state, bit for bit; {found['divergences']} divergences",
-        str(found["divergences"]),
-    )
-
-
-def loaded() -> str:
-    """One home with a long history."""
-    found = committed("load")
-    verbs = ", ".join(f"{verb} {grown:.2f}" for verb, grown in found["growth"].items())
-    return row(
-        f"a home of {found['updates']:,} updates, {found['undone']:,} of them undone; then all",
-        f"{found['points'][-1]['lines']:,} ledger lines",
-        f"the base's bits at the end; time a line, late against on average (1 is linear): {verbs}",
-        str(len(found["problems"]) + (not found["all_undone_is_the_base"])),
     )
 
 
