@@ -3,9 +3,9 @@
     python -m benchmarks.load [--updates 1000] [--seed 0]
 
 Each update is a small change of one tensor of a toy model, so that the home is measured and not the
-training. After every tenth part the verbs are timed three times; ``per_line`` is seconds by
-ledger line. Linear means that it does not grow: ``growth`` is its last value over its first. At the
-end the home is compacted, and they are timed once more.
+training. After every tenth part the verbs are timed three times (processor time of this process).
+Linear means that a line more takes as long late as early: see ``growth``. At the end the home is
+compacted, and they are timed once more.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def grow(home: Any, draw: random.Random, until: int) -> None:
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """Median of three runs."""
+    """Median of three runs, of the processor: what else the machine does makes them no longer."""
     found = []
     for _ in range(3):
-        started = time.perf_counter()
+        started = time.process_time()
         work()
-        found.append(time.perf_counter() - started)
+        found.append(time.process_time() - started)
     return statistics.median(found)
 
 
