@@ -324,29 +324,30 @@ def compose(
     names is the base's own, untouched; one that is named may have its zeros lose their minus sign.
 
     Raises ``TensorMismatch`` for a change of the wrong shape or of a tensor that is not
-    fp32, bf16 or fp16. Holds the base tensor, its fp32 copy and one change.
+    fp32, bf16 or fp16. Holds the fp32 sum, and the base tensor or one change beside it.
     """
     live = [delta for delta in deltas if name in delta]
     tensor = base[name]
     if not live:
         return tensor
     _check_changeable(base, [name])
-    dtype = dtype or tensor.dtype
+    shape, dtype = tuple(tensor.shape), dtype or tensor.dtype
     if isinstance(live[0], Prefix):  # it has the base in it
-        tensor = _fitting(live.pop(0), name, base, tensor).dense()
+        tensor = _fitting(live.pop(0), name, base, shape).dense()
     total = _cast(tensor, torch.float32)
+    del tensor  # the changes are as large
     for delta in live:
-        add_into(total, _fitting(delta, name, base, tensor))
+        add_into(total, _fitting(delta, name, base, shape))
     return total if dtype == torch.float32 else _cast(total, dtype)
 
 
-def _fitting(delta: Delta, name: str, base: Weights, tensor: torch.Tensor) -> Change:
-    """The delta's change of a tensor of ``base``; ``TensorMismatch`` for one of another shape."""
+def _fitting(delta: Delta, name: str, base: Weights, shape: tuple[int, ...]) -> Change:
+    """The delta's change of a tensor of ``base``; ``TensorMismatch`` if it is of another shape."""
     change = delta[name]
-    if change.shape != tuple(tensor.shape):
+    if change.shape != shape:
         raise TensorMismatch(
             f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
-            f"shape {tuple(tensor.shape)}. Use the model that the delta was made for."
+            f"shape {shape}. Use the model that the delta was made for."
         )
     return change
 
