@@ -1,5 +1,7 @@
 """The model: names on disk, exact restoring, and answers that depend on nothing but the text."""
 
+import functools
+
 import pytest
 import torch
 from architectures import ARCHITECTURES
@@ -189,6 +191,31 @@ def test_padding_side_changes_no_logit(worlds, architecture):
     torch.testing.assert_close(right, bare, atol=2e-4, rtol=1e-4)
     texts = model.generate([short, long], 3)
     assert texts == [model.generate([one], 3)[0] for one in (short, long)]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_that_many_answers_follow_is_read_once(worlds, architecture, monkeypatch):
+    """The same numbers as one at a time; the prompt costs its tokens once, answers theirs."""
+    model = Model.load(worlds(architecture).folder)
+    answers = ["baker", "tailor", "the old roof", "rain falls", "baker"]
+    prompts = ["ada works as a", "rain falls on the old roof ada works as a", "bram owns a"]
+    sequences = [model.tokens(prompt, answer) for answer in answers for prompt in prompts]
+    sequences.insert(3, model.tokens("the job of ada is", "baker"))  # this one is not shared
+    one_by_one = [model.force([tokens])[0] for tokens in sequences]
+    read, real = [], type(model.network).forward
+
+    @functools.wraps(real)  # its signature says whether it takes positions
+    def forward(self, *given, **named):
+        read.append(named["input_ids"].shape)
+        return real(self, *given, **named)
+
+    monkeypatch.setattr(type(model.network), "forward", forward)
+    together = model.force(sequences)
+    for one, other in zip(one_by_one, together, strict=True):
+        assert (one.predicted, one.targets) == (other.predicted, other.targets)
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-4)
+    assert [shape[0] for shape in read] == [1, len(prompts), 2 * len(prompts)]
+    assert read[2][1] == max(len(one.targets) for one in sequences) - 1
 
 
 def test_the_cache_gives_what_reading_everything_again_gives(model):

@@ -42,6 +42,7 @@ MAX_NEW_TOKENS = 32  # INTERFACE section 6: an answer is at most this long
 # Positions (rows x padded length) in one forward pass without gradients. On two cores a larger
 # batch is no faster; on a GPU it is still far from filling the memory.
 POSITIONS_PER_BATCH = 2048
+SHARED = 3  # answers to one prompt from which on it is read once for all of them
 ROWS_PER_BATCH = 128  # also bounds the key-value cache: 0.3 GB at 60 tokens on SmolLM2-135M
 
 
@@ -311,27 +312,79 @@ class Model:
 
     @torch.no_grad()
     def force(self, sequences: Sequence[Tokens]) -> list[Forced]:
-        """Teacher-force every sequence; results in the order given. Batched by length."""
+        """Teacher-force every sequence; results in the order given. Batched by length; a prompt
+        that several answers follow is read once."""
         results: dict[int, Forced] = {}
+        by_prompt: dict[tuple[int, ...], list[int]] = {}
+        for index, tokens in enumerate(sequences):
+            by_prompt.setdefault(tokens.ids[: tokens.answer], []).append(index)
+        groups = [group for group in by_prompt.values() if len(group) >= SHARED]
+        alone = [index for group in by_prompt.values() if len(group) < SHARED for index in group]
+        alone.sort()
         with self.progress.stage("scoring answers", len(sequences)) as advance:
-            for batch in length_batches([len(tokens.ids) for tokens in sequences]):
-                chosen = [sequences[index] for index in batch]
-                ids, rows, columns, targets = pad(chosen)
-                logits = self.logits_at(ids, rows, columns)
-                predicted = logits.argmax(dim=-1).cpu()
-                targets_there = targets.to(logits.device)[:, None]
-                # Not log_softmax: that would be a second tensor as wide as the vocabulary.
-                chosen_logits = logits.gather(1, targets_there)[:, 0]
-                logprobs = (chosen_logits - logits.logsumexp(dim=-1)).cpu()
-                for row, index in enumerate(batch):
-                    here = rows == row
-                    results[index] = Forced(
-                        chosen[row].targets,
-                        tuple(predicted[here].tolist()),
-                        float(logprobs[here].double().sum()),
-                    )
+            for batch in length_batches([len(sequences[index].ids) for index in alone]):
+                chosen = [alone[number] for number in batch]
+                results |= self._force([sequences[index] for index in chosen], chosen)
                 advance(len(batch), "")
+            most = max((len(group) for group in groups), default=1)
+            lengths = [len(sequences[group[0]].ids) for group in groups]
+            for batch in length_batches(lengths, rows=max(1, ROWS_PER_BATCH // most)):
+                together = [groups[number] for number in batch]
+                results |= self._force_groups(sequences, together)
+                advance(sum(map(len, together)), "")
         return [results[index] for index in range(len(sequences))]
+
+    def _force(self, sequences: Sequence[Tokens], numbers: Sequence[int]) -> dict[int, Forced]:
+        """One batch, each sequence read whole."""
+        ids, rows, columns, targets = pad(sequences)
+        predicted, logprobs = _judged(self.logits_at(ids, rows, columns), targets)
+        return {
+            number: Forced(
+                sequences[row].targets,
+                tuple(predicted[rows == row].tolist()),
+                float(logprobs[rows == row].double().sum()),
+            )
+            for row, number in enumerate(numbers)
+        }
+
+    def _force_groups(
+        self, sequences: Sequence[Tokens], groups: Sequence[Sequence[int]]
+    ) -> dict[int, Forced]:
+        """Groups of sequences, each of one prompt: the prompts are read, then from their keys and
+        values all answers but their last tokens."""
+        from transformers import DynamicCache
+
+        first = [sequences[group[0]] for group in groups]
+        ids, mask, positions = self._padded_left([one.ids[: one.answer] for one in first])
+        cache = DynamicCache(config=self.network.config)
+        last = torch.full((len(groups),), ids.shape[1] - 1)
+        logits = self._cached(ids, mask, positions, cache, torch.arange(len(groups)), last)
+        members = [(row, index) for row, group in enumerate(groups) for index in group]
+        parents = torch.tensor([row for row, _ in members])
+        starts = torch.tensor([sequences[index].targets[0] for _, index in members])
+        chosen, scores = _judged(logits, starts, parents)
+        predicted = [[token] for token in chosen.tolist()]
+        logprobs = scores.double()
+        longer = [n for n, (_, index) in enumerate(members) if len(sequences[index].targets) > 1]
+        if longer:
+            there = parents[longer].to(self.device)
+            cache.batch_select_indices(there)
+            rests = [sequences[members[n][1]].targets for n in longer]
+            # As in ``pad``, but what is read is the answers without their last tokens.
+            ids, rows, columns, targets = pad([Tokens(rest, 1) for rest in rests])
+            ids = ids[:, :-1].to(self.device)
+            steps = torch.arange(1, ids.shape[1] + 1, device=self.device)
+            mask = torch.cat([mask[there], mask.new_ones(ids.shape)], dim=1)
+            positions = positions[there, -1:] + steps
+            logits = self._cached(ids, mask, positions, cache, rows, columns)
+            chosen, scores = _judged(logits, targets)
+            for n, row in zip(longer, range(len(longer)), strict=True):
+                predicted[n] += chosen[rows == row].tolist()
+                logprobs[n] += scores[rows == row].double().sum()
+        return {
+            index: Forced(sequences[index].targets, tuple(predicted[n]), float(logprobs[n]))
+            for n, (_, index) in enumerate(members)
+        }
 
     @torch.no_grad()
     def generate(
@@ -371,26 +424,14 @@ class Model:
     ) -> list[str]:
         from transformers import DynamicCache
 
-        # Padding on the left: the last column is then the last token of every row, and the cache
-        # grows by one column for all. Position ids count real tokens only.
-        length = max(len(ids) for ids in prompts)
-        ids = torch.zeros((len(prompts), length), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, length - len(prompt) :] = torch.tensor(prompt)
-            mask[row, length - len(prompt) :] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        ids, mask, positions = self._padded_left(prompts)
         cache = DynamicCache(config=self.network.config)
         written: list[list[int]] = [[] for _ in prompts]
         active = torch.arange(len(prompts))
         for _ in range(max_new_tokens):
-            inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
-            if self.takes_positions:
-                inputs["position_ids"] = positions
             last = torch.full((len(active),), ids.shape[1] - 1)
-            with head_sees(self.network, torch.arange(len(active)), last):
-                logits = self.network(**inputs, use_cache=True).logits[0]
+            rows = torch.arange(len(active))
+            logits = self._cached(ids, mask, positions, cache, rows, last)
             chosen = logits.argmax(dim=-1)
             going = []
             for row, token in enumerate(chosen.tolist()):
@@ -412,6 +453,38 @@ class Model:
             mask = torch.cat([mask, mask.new_ones((len(active), 1))], dim=1)
             positions = positions[:, -1:] + 1
         return [self._text(tokens) for tokens in written]
+
+    def _padded_left(
+        self, prompts: Sequence[Sequence[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, mask and positions, each (prompts, length). Padded on the left: the last column is
+        then the last token of every row, and a cache grows by the same columns for all. Positions
+        count real tokens only."""
+        length = max(len(ids) for ids in prompts)
+        ids = torch.zeros((len(prompts), length), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, length - len(prompt) :] = torch.tensor(prompt)
+            mask[row, length - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        return ids, mask, (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+    def _cached(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        cache: Any,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> torch.Tensor:
+        """Logits at (rows, columns) of ``ids``, read after what the cache has: (n, vocabulary)."""
+        inputs = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        with head_sees(self.network, rows, columns):
+            logits: torch.Tensor = self.network(**inputs, use_cache=True).logits[0]
+        return logits
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -555,6 +628,19 @@ def pad(
         columns += range(tokens.answer - 1, len(tokens.ids) - 1)
         targets += tokens.targets
     return ids, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets)
+
+
+def _judged(
+    logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The argmax and the log probability of each target, both (targets,), on the CPU. ``logits``
+    (n, vocabulary); ``rows`` says whose logits are each target's, if they are not in its order."""
+    logits = logits.float()
+    places = torch.arange(len(targets)) if rows is None else rows
+    there = places.to(logits.device)
+    # Not log_softmax: that would be a second tensor as wide as the vocabulary.
+    scores = logits[there, targets.to(logits.device)] - logits.logsumexp(dim=-1)[there]
+    return logits.argmax(dim=-1)[there].cpu(), scores.cpu()
 
 
 def _match_names(
