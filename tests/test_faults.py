@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import unwrite
 from unwrite.cli import app
+from unwrite.console import LOG
 from unwrite.errors import HomeBusy, HomeError, RequirementNotMet, UnwriteError
 from unwrite.home import PARTIAL
 
@@ -46,10 +47,10 @@ def check_sound(folder, states):
 
 
 def check_tidy(folder):
-    """Nothing is lying about: every folder and file is one that the ledger knows of."""
+    """Nothing is lying about: all that is there, but the log, is in the ledger."""
     home = unwrite.open(folder)
     applied = home.ledger.applied
-    assert {one.name for one in folder.iterdir()} - {".lock"} == {
+    assert {one.name for one in folder.iterdir()} - {".lock", LOG} == {
         "base.json",
         "ledger.jsonl",
         "updates",
