@@ -31,10 +31,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from benchmarks.measure import peak_memory, write
+from benchmarks.measure import exponent, peak_memory, write
 from unwrite.change import Dense
 from unwrite.delta import Delta, compose
 from unwrite.selection import select
@@ -66,7 +65,7 @@ def main() -> None:
         print(runs[-1], file=sys.stderr, flush=True)
     fitted = runs[: len(sizes)]
     exponents = {
-        stage: slope([run["gb"] for run in fitted], [run["seconds"][stage] for run in fitted])
+        stage: exponent([run["gb"] for run in fitted], [run["seconds"][stage] for run in fitted])
         for stage in ("select", "export")
     }
     write(
@@ -90,11 +89,6 @@ def one(size: float, folder: Path) -> dict[str, Any]:
     )
     told: dict[str, Any] = json.loads(done.stdout)
     return told
-
-
-def slope(sizes: list[float], seconds: list[float]) -> float:
-    """Of the straight line through the logarithms."""
-    return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
 def work(size: float, folder: Path) -> dict[str, Any]:

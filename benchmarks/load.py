@@ -4,8 +4,8 @@
 
 Each update is a small change of one tensor of a toy model, so that the home is measured and not the
 training. After every tenth part the verbs are timed three times (processor time of this process).
-Linear means that a line more takes as long late as early: see ``growth``. At the end the home is
-compacted, and they are timed once more.
+``growth`` is the exponent of the time over the lines of the ledger: 1 is linear. At the end the
+home is compacted, and they are timed once more.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 import unwrite
-from benchmarks.measure import write
+from benchmarks.measure import exponent, write
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.testing import toy_edits, toy_world
@@ -82,14 +82,12 @@ def measured(folder: Path) -> dict[str, Any]:
 
 
 def growth(points: list[dict[str, Any]]) -> dict[str, float]:
-    """By verb, how much longer one more line takes at the end than at the beginning: the slope of
-    the second half over the slope of the whole. 1 is linear, 2 the limit of quadratic growth."""
-    first, middle, last = points[0], points[len(points) // 2], points[-1]
-
-    def slope(verb: str, one: dict[str, Any], two: dict[str, Any]) -> float:
-        return float((two["seconds"][verb] - one["seconds"][verb]) / (two["lines"] - one["lines"]))
-
-    return {verb: slope(verb, middle, last) / slope(verb, first, last) for verb in first["seconds"]}
+    """By verb, the exponent of its time over the lines of the ledger: 1 is linear."""
+    lines = [float(one["lines"]) for one in points]
+    return {
+        verb: exponent(lines, [one["seconds"][verb] for one in points])
+        for verb in points[0]["seconds"]
+    }
 
 
 def main() -> None:

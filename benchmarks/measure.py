@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,13 @@ def in_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, l
             run()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """How time grows with size: the slope of the straight line through the logarithms."""
+    return statistics.linear_regression(
+        [math.log(one) for one in sizes], [math.log(one) for one in seconds]
+    ).slope
 
 
 def ratio(slow: list[float], fast: list[float]) -> dict[str, float]:

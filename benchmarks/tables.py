@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from statistics import harmonic_mean, mean
+from statistics import harmonic_mean, mean, median
 from typing import Any
 
 from benchmarks import paper_blocks
@@ -52,6 +52,7 @@ def pages() -> dict[Path, str]:
                 *delicate_rows(),
                 *locate_rows(),
                 *product_rows(),
+                *peer_rows(),
                 *callback_rows(),
             ]
         },
@@ -326,7 +327,8 @@ def rows() -> list[str]:
 def campaigns() -> list[str]:
     """What was done to homes, readers and processes, and what was lost."""
     head = row("what was done", "tried", "what came of it", "lost")
-    return [head, row(*["---"] * 4), killed(), flipped(), fuzzed(), covered(), mutated()]
+    rows = (killed(), flipped(), fuzzed(), soaked(), loaded(), covered(), mutated())
+    return [head, row(*["---"] * 4), *rows]
 
 
 def killed() -> str:
@@ -364,6 +366,30 @@ def fuzzed() -> str:
         f"{found['executions']:,} inputs, {min(counts):,} to {max(counts):,} a reader",
         "an answer or one safe sentence",
         str(sum(one["open_findings"] for one in found["readers"].values())),
+    )
+
+
+def soaked() -> str:
+    """Random operations beside a reference in memory."""
+    found = committed("soak")
+    return row(
+        f"{found['minutes'] / 60:.1f} hours of random operations of {len(found['by_kind'])} kinds "
+        "on homes, beside plain tensors in memory",
+        f"{found['operations']:,} operations on {found['homes']:,} homes",
+        f"after each the same state, bit for bit; {found['divergences']} divergences",
+        str(found["divergences"]),
+    )
+
+
+def loaded() -> str:
+    """One home with a long history."""
+    found = committed("load")
+    verbs = ", ".join(f"{verb} {power:.2f}" for verb, power in found["growth"].items())
+    return row(
+        f"a home of {found['updates']:,} updates, {found['undone']:,} of them undone; then all",
+        f"{found['points'][-1]['lines']:,} ledger lines",
+        f"the base's bits at the end; processor time grows by the power (1 is linear): {verbs}",
+        str(len(found["problems"]) + (not found["all_undone_is_the_base"])),
     )
 
 
@@ -471,6 +497,64 @@ def product_rows() -> list[str]:
             "-",
         )
     ]
+
+
+def peer_rows() -> list[str]:
+    """Other tools, each in an environment of its own, on the same work in turns."""
+    lines = []
+    if (found := measured("editing_peers")) is not None:
+        scores = {
+            name: " / ".join(f"{100 * one[key]:.0f}" for key in ("reliability", "locality"))
+            for name, one in found["scores"].items()
+        }
+        ratios = "; ".join(
+            f"{name.removeprefix('unwrite, ').replace('unwrite', 'as it is')} "
+            f"{spread(one)}, {scores[name]} %"
+            for name, one in found["fastedit_over"].items()
+        )
+        lines.append(
+            row(
+                f"ROME, {found['edits']} single edits, against FastEdit ({found['peer']}: "
+                f"{scores['fastedit']} % reliability / locality; 21 contexts, no second moments)",
+                ratios,
+                "3x",
+            )
+        )
+    if (found := measured("scoring_peers")) is not None:
+        kinds = ("distinct", "shared")
+        apart = max(found[kind]["largest_difference"] for kind in kinds)
+        lines.append(
+            row(
+                f"log-likelihoods of {found['distinct']['requests']} answers against "
+                f"lm-evaluation-harness ({found['peer']}; largest difference {apart:.0e}): a "
+                "prompt each; six answers to a prompt",
+                "; ".join(spread(found[kind]["lm_eval_over_unwrite"], 2) for kind in kinds),
+                "1.4x; 2.5x",
+            )
+        )
+    if (found := measured("training_peers")) is not None:
+        after = {name: median(one) for name, one in found["loss_after"].items()}
+        lines.append(
+            row(
+                f"fine-tuning {found['edits']} edits against TRL's SFTTrainer ({found['peer']}), "
+                f"same tokens, epochs and batch size (answer loss after: {after['unwrite']:.2f} "
+                f"against {after['trl']:.2f})",
+                spread(found["trl_over_unwrite"], 2),
+                "2x",
+            )
+        )
+    if (found := measured("merging_peers")) is not None:
+        peaks = found["peak_gb"]
+        lines.append(
+            row(
+                "base + A - 0.3 B on fp32 checkpoints of SmolLM2-135M against mergekit "
+                f"({found['peer']}), whole processes; peak memory",
+                f"{spread(found['mergekit_over_unwrite'], 2)}; {peaks['unwrite']:.2f} GB against "
+                f"{peaks['mergekit']:.2f} GB",
+                "3x; a quarter",
+            )
+        )
+    return lines
 
 
 def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:

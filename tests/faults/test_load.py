@@ -43,5 +43,5 @@ def test_growth_tells_linear_from_quadratic():
     def points(power):
         return [{"lines": n, "seconds": {"open": 0.1 + n**power}} for n in range(100, 1100, 100)]
 
-    assert abs(growth(points(1))["open"] - 1) < 1e-6
-    assert growth(points(2))["open"] > 1.4
+    assert abs(growth(points(1))["open"] - 1) < 1e-2
+    assert abs(growth(points(2))["open"] - 2) < 1e-2
