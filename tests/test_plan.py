@@ -293,6 +293,10 @@ def test_where_even_adafactor_does_not_fit_its_gradients_need_not_be_kept(tmp_pa
         tmp_path, unwrite.FullFT(), layout=Layout(device="cuda"), memory=memory
     ).advice
     assert any("adafactor and in_backward=true" in sentence for sentence in advice)
+    accumulated = plan.for_model(
+        tmp_path, unwrite.FullFT(accumulate=2), layout=Layout(device="cuda"), memory=memory
+    ).advice
+    assert any("and accumulate=1" in sentence for sentence in accumulated), "it is no error"
 
 
 def test_layouts_that_make_no_sense_are_refused():

@@ -347,11 +347,10 @@ def _advice(shape: _Shape, method: Any, layout: Layout, free: int) -> Iterator[s
     frugal, places = methods.replaced(method, "optimizer", "adafactor")
     if places and (peak := fits(frugal, layout)):
         yield f"It fits with optimizer=adafactor ({readable_size(peak)}; it wants another lr)."
-    least, places = methods.replaced(frugal, "in_backward", True)
-    if places and not peak and layout.processes == 1 and (peak := fits(least, layout)):
+    elif places and layout.processes == 1 and (peak := fits(_least(frugal), layout)):
         yield (
             f"It fits with optimizer=adafactor and in_backward=true ({readable_size(peak)}; it "
-            "wants another lr)."
+            "wants another lr, and accumulate=1)."
         )
     if places and layout.device == "cuda":
         processes = 2
@@ -366,6 +365,11 @@ def _advice(shape: _Shape, method: Any, layout: Layout, free: int) -> Iterator[s
         alone = footprint.with_layout(layout, sharded=False, offloaded=False, recomputed=False)
         if peak := fits(adapters, alone):
             yield f"The method lora fits ({readable_size(peak)})."
+
+
+def _least(method: Any) -> Any:
+    """The method with steps within the backward pass, in which nothing can be accumulated."""
+    return methods.replaced(methods.replaced(method, "accumulate", 1)[0], "in_backward", True)[0]
 
 
 def _said(layout: Layout) -> str:
