@@ -24,13 +24,14 @@ def environment(name: str, *requirements: str, dependencies: bool = True) -> Pat
     """The Python of the environment that has these requirements; made if it is not there."""
     folder = ENVIRONMENTS / name
     python, ready = folder / "bin" / "python", folder / "ready"
-    if not ready.exists():
+    wanted = "\n".join(requirements)
+    if not ready.exists() or ready.read_text("utf-8") != wanted:
         venv.create(folder, clear=True, with_pip=True)
         (own,) = folder.glob("lib/python*/site-packages")
         (own / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", "utf-8")
         words = ["-m", "pip", "install", "--quiet", *([] if dependencies else ["--no-deps"])]
         subprocess.run([python, *words, *requirements], check=True)
-        ready.touch()
+        ready.write_text(wanted, "utf-8")
     return python
 
 

@@ -26,7 +26,7 @@ from unwrite.base import Base
 from unwrite.change import Dense
 from unwrite.delta import Delta, Prefix, compose
 from unwrite.errors import DamagedFile, UnwriteError
-from unwrite.files import check_inside, files_inside, sync_folder
+from unwrite.files import check_all_inside, check_inside, sync_folder
 from unwrite.ledger import Ledger
 from unwrite.progress import Bytes, Reporter
 from unwrite.weights import Weights
@@ -93,7 +93,7 @@ def stored(home: Path, base: Base) -> Prefix | None:
         return None
     with _only_a_shortcut(home):
         check_inside(home, folder)
-        files_inside(home, folder)
+        check_all_inside(home, folder)
         total = Prefix.open(folder)
         if not isinstance(total.provenance.get(_ENTRIES), list) or total.base != base.fingerprint:
             raise DamagedFile(f"{folder} is not of this home.")

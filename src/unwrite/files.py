@@ -119,12 +119,10 @@ def check_inside(home: Path, file: Path) -> None:
         )
 
 
-def files_inside(home: Path, folder: Path) -> list[Path]:
-    """What lies in a folder of a home; ``DamagedFile`` as ``check_inside`` if any leads out."""
-    found = list(folder.iterdir())
-    for file in found:
+def check_all_inside(home: Path, folder: Path) -> None:
+    """``check_inside`` for everything that lies in a folder of a home."""
+    for file in folder.iterdir():
         check_inside(home, file)
-    return found
 
 
 @contextlib.contextmanager

@@ -47,8 +47,8 @@ from unwrite.errors import (
 )
 from unwrite.export import export_state
 from unwrite.files import (
+    check_all_inside,
     check_inside,
-    files_inside,
     only_writer,
     read_json,
     read_jsonl,
@@ -211,7 +211,7 @@ class Home:
                 opened.append(self._candidate.delta)
                 continue
             folder = self._file(ledger.entry(update), "delta/delta.json").parent
-            files_inside(self.folder, folder)
+            check_all_inside(self.folder, folder)
             delta = Delta.open(folder)
             delta.check_base(self.base.fingerprint, self.base.name)
             if update not in self._sound:
@@ -712,7 +712,7 @@ class Home:
         if not problems:
             try:
                 folder = self._update_folder(entry["id"]) / "delta"
-                files_inside(self.folder, folder)
+                check_all_inside(self.folder, folder)
                 Delta.open(folder).verify()
             except UnwriteError as error:
                 problems.append(str(error))

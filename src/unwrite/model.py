@@ -378,7 +378,7 @@ class Model:
             positions = positions[there, -1:] + steps
             logits = self._cached(ids, mask, positions, cache, rows, columns)
             chosen, scores = _judged(logits, targets)
-            for n, row in zip(longer, range(len(longer)), strict=True):
+            for row, n in enumerate(longer):
                 predicted[n] += chosen[rows == row].tolist()
                 logprobs[n] += scores[rows == row].double().sum()
         return {

@@ -125,9 +125,6 @@ def curves(found: Sequence[Curve], across: str, name: str, log: bool = False) ->
     return drawing.svg()
 
 
-# ---- matplotlib, and what is left of it ----------------------------------------------------------
-
-
 def heat_maps(
     grids: Sequence[tuple[str, Sequence[Sequence[float] | None]]],
     rows: Sequence[str],
@@ -162,6 +159,9 @@ def heat_maps(
             axes.set_title(title, loc="left", parse_math=False)
             figure.colorbar(image, label=scale).outline.set_visible(False)
         return _written(figure, across)
+
+
+# ---- matplotlib, and what is left of it ----------------------------------------------------------
 
 
 def _axes(right: float) -> tuple[Figure, Axes]:

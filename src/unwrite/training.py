@@ -242,9 +242,10 @@ def _difference(
 ) -> Delta:
     """What the trained weights are away from where they started."""
     changes: dict[str, Dense] = {}
+    state = run.optimizer.state
     for name, parameter in course.parameters.items():
         # The optimiser's memory is done with, so the difference goes there: no new memory.
-        room = run.optimizer.state[parameter].get("exp_avg")
+        room = state[parameter].get("exp_avg")
         room = torch.empty_like(before[name]) if room is None else room
         origin = before[name]
         if name in start:
