@@ -55,16 +55,17 @@ def streaming(result: dict[str, Any]) -> list[str]:
 def paper(result: dict[str, Any]) -> list[str]:
     """Plans for large models."""
     lines = [
-        "| model | method | layout | device | fits 80 GB | host, a machine | disk and scratch | "
-        "traffic |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | method | layout | training | device | fits 80 GB | host, a machine | "
+        "disk and scratch | traffic |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in result["rows"]:
         disk = one["disk_bytes"] + one["scratch_bytes"]
+        training = one["device_bytes"] - one["parts"]["asking"]
         lines.append(
-            f"| {one['model']} | {one['method']} | {one['layout']} | {size(one['device_bytes'])} | "
-            f"{'yes' if one['fits'] else 'no'} | {size(one['host_bytes'])} | {size(disk)} | "
-            f"{size(one['traffic_bytes'])} |"
+            f"| {one['model']} | {one['method']} | {one['layout']} | {size(training)} | "
+            f"{size(one['device_bytes'])} | {'yes' if one['fits'] else 'no'} | "
+            f"{size(one['host_bytes'])} | {size(disk)} | {size(one['traffic_bytes'])} |"
         )
     return lines
 

@@ -250,6 +250,10 @@ def test_processes_that_shard_need_less_each(worlds, parameters):
     assert shared.parts["gradients"] == pytest.approx(parameters, rel=1e-3)
     assert shared.parts["moments"] == pytest.approx(2 * parameters, rel=1e-3)
     assert "snapshot" not in shared.parts
+    assert "weights" not in shared.parts, "the first process's own copy waits on disk"
+    assert shared.scratch_bytes - whole.scratch_bytes == 2 * 4 * parameters
+    asked = shared.parts["asking"] + trains(shared)
+    assert asked >= 4 * parameters, "but questions are asked of a whole model"
     offloaded = needs(processes=4, sharded=True, offloaded=True)
     assert trains(offloaded) < trains(shared)
     assert offloaded.host_bytes > shared.host_bytes

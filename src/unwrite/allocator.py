@@ -1,8 +1,13 @@
-"""Keep freed memory in the process while a loop allocates the same tensors over and over.
+"""What becomes of freed memory while a loop allocates the same tensors over and over.
 
 glibc gives large blocks back to the system when they are freed. Training frees and allocates a
 gradient per tensor and step, so the system clears hundreds of megabytes of pages each time. Within
 ``freed_memory_is_kept`` the blocks stay and are used again; afterwards they go back.
+
+But glibc also moves its idea of "large" up, to 32 MB, when large blocks are freed, and what is
+smaller comes from a heap whose holes count as used. Where a step makes and frees blocks of many
+sizes and memory is short, the holes are a third of the whole. Within ``freed_memory_goes_back``
+every block of 128 KB or more is the system's again as soon as it is freed.
 Why, and what else was tried: docs/notes/training.md.
 """
 
@@ -14,8 +19,9 @@ import platform
 from collections.abc import Iterator
 
 # From malloc.h: parameters of mallopt, and the values they have when a process starts.
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _DEFAULT_TRIM_THRESHOLD, _DEFAULT_MMAP_MAX = 128 * 1024, 65536
+_DEFAULT_MMAP_THRESHOLD = 128 * 1024
 
 
 @contextlib.contextmanager
@@ -34,3 +40,16 @@ def freed_memory_is_kept() -> Iterator[None]:
         libc.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
         libc.mallopt(_TRIM_THRESHOLD, _DEFAULT_TRIM_THRESHOLD)
         libc.malloc_trim(0)
+
+
+@contextlib.contextmanager
+def freed_memory_goes_back() -> Iterator[None]:
+    """Within the block and afterwards, blocks from 128 KB on are mapped on their own and go when
+    they are freed; nothing changes elsewhere than with glibc. What was freed before goes as well.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # The value it starts with; setting it keeps it from moving.
+        libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
+        libc.malloc_trim(0)
+    yield

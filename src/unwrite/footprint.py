@@ -4,8 +4,7 @@ The network is built on the meta device: it has shapes and no numbers. Weights, 
 and snapshot are counted tensor by tensor; what autograd saves between the forward and the backward
 pass is asked of autograd itself, which runs on shapes as well as on numbers.
 
-Everything is in bytes and for one process, the one that needs most (the first one, which besides
-its part of the work keeps the model that questions are asked of).
+Everything is in bytes and for one process, the one that needs most.
 """
 
 from __future__ import annotations
@@ -94,15 +93,16 @@ def training(network: Any, anatomy: Anatomy, work: Work, layout: Layout) -> Foot
     moments = optimizers.state_bytes(work.optimizer, trained)
     share = layout.processes if layout.sharded else 1
     mine = max(1, -(-work.rows // layout.processes))
-    parts = {"weights": whole}
+    parts: dict[str, int] = {}
     if layout.sharded:
         block, rest = _largest_block(parameters, anatomy)
         parts |= {
-            "shards": whole // share,
+            "shards": whole // share,  # the first process's own copy waits on disk
             "gathered": rest + 2 * block,  # one block computes, the next is on its way
             "gathered gradients": rest + block,
         }
     else:
+        parts["weights"] = whole
         parts["snapshot"] = 0 if work.trained is None else learned
     largest = max((_bytes([shape]) for shape in trained), default=0)
     parts["gradients"] = largest if work.in_backward else learned // share

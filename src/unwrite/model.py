@@ -250,6 +250,7 @@ class Model:
                     weights[name].add_(change)
             yield self
         finally:
+            weights = self.weights  # their memory may have been let go and taken anew meanwhile
             with torch.no_grad():
                 for name, tensor in kept.items():
                     weights[name].copy_(tensor)

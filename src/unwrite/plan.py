@@ -1,8 +1,8 @@
 """What an update will need, estimated before the model is loaded: time, memory, disk.
 
 Counts come from the configuration of the model (see ``footprint``) and the tokenised edits; speeds
-are measured for a fraction of a second on this machine. Memory is told to within some ten percent,
-of sharded runs too low (docs/scale.md says how it was checked). Time is of the right size, not
+are measured for a fraction of a second on this machine. Memory is told to within some ten percent
+(docs/scale.md says how it was checked). Time is of the right size, not
 exact: a learner that stops when the facts are learned is counted with half of its epochs, a method
 of several rounds with half of its rounds.
 """
@@ -149,9 +149,10 @@ def for_model(
     shape = _Shape(network, Anatomy.of(network), longest, probe_tokens)
     needs = shape.needs(method, layout)
     disk = parameters * 4 if full else parameters // 100
-    # Probes wait in scratch files, and so does what comes together from shards.
+    # Probes wait in scratch files, and so do what comes together from shards, and the weights
+    # meanwhile.
     probing = full and (len(recipes) > 1 or any(times > 1 for _, times in recipes))
-    scratch = parameters * 4 * (int(probing) + int(layout.sharded))
+    scratch = parameters * 4 * (int(probing) + 2 * int(layout.sharded))
     memory_free = _memory_free() if memory is None else memory
     disk_free = shutil.disk_usage(_existing(folder)).free
     warnings: list[str] = []
@@ -290,12 +291,10 @@ class _Shape:
         parts["asking"] = max(0, asking - sum(parts.values()))
         program = min(_own_memory(), LARGEST_PROGRAM)
         host = program + max(one.total("host") for one in found)
-        host += parts["asking"] if where == "host" else 0
         if where == "host":
             parts["program"] = program
-        # Of several processes that shard, only the first one keeps the model that is asked.
-        others = host - (weights if layout.sharded and where == "host" else 0)
-        together = host + (layout.neighbours - 1) * others
+        # The first process alone asks questions.
+        together = layout.neighbours * host + (parts["asking"] if where == "host" else 0)
         return _Needs(parts, together, max(one.traffic for one in found))
 
     def _of(self, recipe: Recipe, layout: Layout) -> Footprint:

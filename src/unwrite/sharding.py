@@ -1,9 +1,10 @@
 """A network whose parameters are spread over the processes: FSDP2.
 
-The first process has the weights; the others have none of them. Shards are handed out tensor by
-tensor and gathered again tensor by tensor, so that besides the first process's own copy no process
-ever holds more than its shards, one block while it computes, and one tensor while they are
-exchanged. A shard is trained with its gradient and its moments beside it.
+The first process has the weights; the others have none of them. While a network is spread, the
+first process's own copy waits in scratch files. Shards are handed out tensor by tensor and gathered
+again tensor by tensor, so that no process ever holds more than its shards, one block while it
+computes, and one tensor while they are exchanged. A shard is trained with its gradient and its
+moments beside it.
 
 Whether shards wait in host memory, whether a block stays whole between its forward and its backward
 pass, and whether its activations are computed twice is what the launch file says
@@ -12,20 +13,50 @@ pass, and whether its activations are computed twice is what the launch file say
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import distribute_tensor
 
-from unwrite import processes
+from unwrite import processes, scratch
+from unwrite.delta import SCRATCH
 from unwrite.model import Model
+from unwrite.weights import Weights, save_weights
 
 
-def sharded(model: Model, trained: Collection[str]) -> tuple[Model, torch.device]:
-    """A model with the weights that ``model`` has in the first process, spread over all processes,
-    and this process's device to compute on; the tensors of the file names ``trained`` require
-    gradients. Collective."""
+@contextlib.contextmanager
+def set_aside(model: Model) -> Iterator[Weights]:
+    """Within the block the weights of ``model`` wait in scratch files, as the block gets them, and
+    their memory is free: the network cannot be called. Afterwards it has them back, bit by bit.
+
+    Takes 4 bytes a weight on the disk of the system's temporary files. A process that follows has
+    nothing to set aside, and gets nothing.
+    """
+    if processes.rank() > 0:
+        yield Weights.from_tensors({})
+        return
+    folder, remove = scratch.temporary(SCRATCH)
+    try:
+        save_weights(folder, model.weights)
+        with Weights.from_folder(folder) as kept:
+            device = model.device
+            for parameter in model.parameters.values():
+                parameter.data = parameter.data.new_empty(0)
+            try:
+                yield kept
+            finally:
+                for name, parameter in model.parameters.items():
+                    parameter.data = kept[name].to(device, copy=True)
+    finally:
+        remove()
+
+
+def sharded(model: Model, weights: Weights, trained: Collection[str]) -> tuple[Model, torch.device]:
+    """``model`` with the ``weights`` of the first process, spread over all processes, and this
+    process's device to compute on; the tensors of the file names ``trained`` require gradients.
+    Collective."""
     device = processes.local_device(processes.told(lambda: model.device.type))
     trusted = type(model.network).__module__.startswith("transformers_modules")
     spread = Model.empty(model.source, trust_remote_code=trusted)
@@ -34,7 +65,7 @@ def sharded(model: Model, trained: Collection[str]) -> tuple[Model, torch.device
     spread.progress = model.progress
     spread.network.to_empty(device=_spread(spread, device))
     spread.network.tie_weights()  # emptied one by one
-    _fill(spread, model)
+    _fill(spread, weights, model)
     return spread, device
 
 
@@ -83,15 +114,14 @@ def _names_now(model: Model) -> dict[str, str]:
 
 
 @torch.no_grad()
-def _fill(spread: Model, model: Model) -> None:
+def _fill(spread: Model, weights: Weights, model: Model) -> None:
     """Hand out the weights of the first process, tensor by tensor, and all of its buffers."""
     first = processes.rank() == 0
-    theirs = model.parameters
     for file, parameter in spread.parameters.items():
         mine: Any = parameter
         mesh = mine.device_mesh
         whole = (
-            theirs[file].detach().to(mesh.device_type)
+            weights[file].to(mesh.device_type)
             if first
             else torch.empty(mine.shape, dtype=mine.dtype, device=mesh.device_type)
         )

@@ -34,7 +34,7 @@ import torch
 
 from unwrite import optimizers, processes
 from unwrite.adapters import AdapterShape, Banks, adapted
-from unwrite.allocator import freed_memory_is_kept
+from unwrite.allocator import freed_memory_goes_back, freed_memory_is_kept
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.edits import Edit
@@ -43,7 +43,8 @@ from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
-from unwrite.sharding import gathered, sharded
+from unwrite.sharding import gathered, set_aside, sharded
+from unwrite.weights import Weights
 
 ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
@@ -215,7 +216,10 @@ def fine_tune(
         with torch.no_grad():
             for name in start:
                 model.weights[name].add_(start[name].dense().to(model.device))
-        learner, device = sharded(model, names) if processes.shards() else (model, model.device)
+        learner, device, origin = model, model.device, model.weights
+        if processes.shards():
+            origin = clean_up.enter_context(set_aside(model))
+            learner, device = sharded(model, origin, names)
         parameters = {name: learner.parameters[name] for name in names}
         if before_training is not None:
             before_training(_of_this_process(parameters))
@@ -224,7 +228,7 @@ def fine_tune(
         run.train()
         if processes.shards():
             del run.optimizer  # its memory, before whole tensors come together
-            delta = _gathered(learner, model, names)
+            delta = _gathered(learner, origin, names)
         else:
             delta = _difference(run, course, before, start)
         return run.result(course, delta, time.perf_counter() - started)
@@ -255,20 +259,19 @@ def _difference(
 
 
 @torch.no_grad()
-def _gathered(learner: Model, model: Model, names: Sequence[str]) -> Delta:
-    """What a sharded model learned, in scratch files of the first process: whole tensors come
-    together there one at a time. The other processes get nothing."""
+def _gathered(learner: Model, origin: Weights, names: Sequence[str]) -> Delta:
+    """How far a sharded model is from ``origin``, in scratch files of the first process: whole
+    tensors come together there one at a time. The other processes get nothing."""
     whole = gathered(learner, names)
     if processes.rank() > 0:
         for _ in whole:
             pass
         return Delta.nothing()
-    origin = model.weights
 
     def read(name: str) -> Dense:
         came, tensor = next(whole)
         assert came == name, "tensors are written in the order in which they are gathered"
-        return Dense((tensor.to(origin[name].device) - origin[name]).cpu())
+        return Dense(tensor.cpu() - origin[name])
 
     return Delta(names, read).stored()
 
@@ -365,6 +368,7 @@ class _Run:
         else:
             self.optimizer = optimizers.build(recipe.optimizer, groups, recipe.lr)
         self.rank, self.processes = processes.rank(), processes.count()
+        self.frugal = recipe.in_backward or processes.shards()
         self.in_step: Callable[[bool], contextlib.AbstractContextManager[Any]]
         self.network, self.in_step = _data_parallel(model.network)
         self.random = torch.Generator().manual_seed(recipe.seed)
@@ -387,8 +391,8 @@ class _Run:
         with (
             self.model.progress.stage("training", total) as advance,
             _sparse_embedding(self.model) if alone else contextlib.nullcontext(),
-            # What is freed early must not stay: a heap that is never trimmed has holes.
-            contextlib.nullcontext() if recipe.in_backward else freed_memory_is_kept(),
+            # Where memory is short, what is freed must not stay: a heap that keeps it has holes.
+            freed_memory_goes_back() if self.frugal else freed_memory_is_kept(),
             self._stepping(),
         ):
             while self.epoch < recipe.epochs and not self.learned:
