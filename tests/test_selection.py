@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -347,3 +348,5 @@ def test_a_result_that_waits_in_files_is_the_same(tmp_path, scope, top):
         assert all(same_change(found.delta[n], wanted.delta[n]) for n in found.delta)
     assert (found.kept, found.threshold) == (wanted.kept, wanted.threshold)
     assert any(tmp_path.iterdir())
+    # What is mapped counts as memory of the process, however long ago it was read.
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text("utf-8")

@@ -190,18 +190,18 @@ def _select_among(names: Sequence[str], task: _Task, spread: Map) -> Selection:
 
 
 def _put_away(name: str, scan: _Scan, task: _Task) -> _Scan:
-    """The same with its large parts in files, if there is a place for them: mapped, and read from
-    there when they are needed."""
-    if task.scratch is None:
+    """The same with its large parts in files, if there is a place for them."""
+    folder = task.scratch
+    if folder is None:
         return scan
     stem = hashlib.sha256(name.encode("utf-8")).hexdigest()[:32]
-    mapped = {}
-    for part in ("bits", "values"):
-        file = task.scratch / f"{stem}.{part}.npy"
-        np.save(file, getattr(scan, part))
-        mode: Literal["c"] | None = "c" if getattr(scan, part).size else None
-        mapped[part] = np.load(file, mmap_mode=mode, allow_pickle=False)
-    return replace(scan, **mapped)
+
+    def stored(part: str, kept: _Kept) -> _Kept:
+        file = folder / f"{stem}.{part}.npy"
+        np.save(file, kept.get())
+        return _Kept(kept.size, file)
+
+    return replace(scan, bits=stored("bits", scan.bits), values=stored("values", scan.values))
 
 
 class _Sample:
@@ -241,6 +241,22 @@ class _Sample:
 
 
 @dataclass(frozen=True)
+class _Kept:
+    """An array in memory, or in a file from which it is mapped anew whenever it is asked for: a
+    mapping that is held goes on counting what was ever read of it."""
+
+    size: int
+    place: Array | Path
+
+    def get(self) -> Array:
+        if not isinstance(self.place, Path):
+            return self.place
+        mode: Literal["c"] | None = "c" if self.size else None
+        found: Array = np.load(self.place, mmap_mode=mode, allow_pickle=False)
+        return found
+
+
+@dataclass(frozen=True)
 class _Scan:
     """What one tensor showed. Its candidates are the survivors with a score of ``low`` or more."""
 
@@ -248,8 +264,8 @@ class _Scan:
     low: float
     high: float
     survivors: int
-    bits: Array  # which elements are candidates, packed as in ``Masked``
-    values: Array  # of the candidates, in row-major order
+    bits: _Kept  # which elements are candidates, packed as in ``Masked``
+    values: _Kept  # of the candidates, in row-major order
     scores: Array  # of the candidates in doubt, which are not above ``high``
     ranks: Array  # their places among the candidates
     places: Array  # their places in the tensor
@@ -261,7 +277,7 @@ class _Scan:
     @property
     def sure(self) -> int:
         """Number of candidates not in doubt."""
-        return len(self.values) - len(self.scores)
+        return self.values.size - len(self.scores)
 
     def above(self, threshold: float) -> int:
         """Number of candidates with a larger score than this, one that it covers."""
@@ -271,7 +287,7 @@ class _Scan:
         """The candidates above the threshold, and the first ``ties`` of those at it."""
         gone = self.scores < threshold
         gone[np.flatnonzero(self.scores == threshold)[ties:]] = True
-        bits, values = self.bits, self.values
+        bits, values = self.bits.get(), self.values.get()
         if gone.any():
             stays = np.ones(len(values), np.bool_)
             stays[self.ranks[gone]] = False
@@ -320,7 +336,8 @@ def _scan(shape: tuple[int, ...], old: Array, new: Array, bracket: Bracket, task
     index = np.int32 if old.size < 1 << 31 else np.int64
     rank = _places(score <= high)
     doubtful = score.take(rank), rank.astype(index), place.take(rank).astype(index)
-    return _Scan(shape, low, high, survivors, bits, values, *doubtful)
+    kept = _Kept(bits.size, bits), _Kept(values.size, values)
+    return _Scan(shape, low, high, survivors, *kept, *doubtful)
 
 
 def _places(flags: Array) -> Array:
