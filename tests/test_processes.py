@@ -85,9 +85,13 @@ def the_delta(home):
 def nearly(one, other, tolerance=1e-3):
     """Two changes as a whole: AdamW turns rounding noise of single elements into full steps."""
     assert set(one) == set(other)
-    apart = sum(float((one[n].dense() - other[n].dense()).square().sum()) for n in one)
     length = sum(float(one[n].dense().square().sum()) for n in one)
-    return length > 0 and apart < tolerance * length
+    return length > 0 and apart(one, other) < tolerance * length
+
+
+def apart(one, other):
+    """The square of the distance of two changes."""
+    return sum(float((one[n].dense() - other[n].dense()).square().sum()) for n in one)
 
 
 METHODS = {
@@ -154,8 +158,9 @@ def test_a_comparison_in_two_processes(worlds, edits, processes, tmp_path):
     assert set(steady(tmp_path / "one")) == set(steady(tmp_path / "two"))
 
 
-@pytest.mark.parametrize("method", ["plain", "graceful"])
-def test_a_task_is_learned_in_two_processes(worlds, processes, tmp_path, method):
+@pytest.mark.parametrize("environment", [{}, SHARDED], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["plain", "graceful", "bf16"])
+def test_a_task_is_learned_in_two_processes(worlds, processes, tmp_path, method, environment):
     facts = [(edit.prompt, edit.old) for edit in worlds().edits]
     task, other = tmp_path / "task.jsonl", tmp_path / "other.jsonl"
     for file, rows in ((task, facts[:12]), (other, facts[12:20])):
@@ -165,13 +170,20 @@ def test_a_task_is_learned_in_two_processes(worlds, processes, tmp_path, method)
     words += ["--set", "batch_size=4", "--set", "lr=1e-3"]
     if method == "graceful":
         words += ["--method", "graceful", "--forget", other, "--set", "every=2"]
+    full = list(words)
+    if method == "bf16":
+        words += ["--set", "precision=bf16"]
     alone = processes.run(*words, "--out", tmp_path / "one", "--json")
     assert alone.code == 0, alone.err
-    pair = Pair(processes, *words, "--out", tmp_path / "two", "--json")
+    pair = Pair(processes, *words, "--out", tmp_path / "two", "--json", environment=environment)
     assert pair.wait() == [0, 0], pair.first.err + pair.second.err
     name = "graceful" if method == "graceful" else "plain"
     one, two = (Delta.open(tmp_path / run / "run" / name) for run in ("one", "two"))
     assert nearly(one, two, 2e-2)
+    if method == "bf16":  # and nearer to that than to what full precision learns
+        assert processes.run(*full, "--out", tmp_path / "full").code == 0
+        other = Delta.open(tmp_path / "full" / "run" / name)
+        assert 2 * apart(one, two) < apart(other, two)
 
 
 # ---- failing -------------------------------------------------------------------------------------
@@ -249,6 +261,19 @@ def test_what_cannot_train_here_is_refused_with_the_reason(homes, edits, process
         pair = Pair(processes, *update(homes(), edits, *method), environment=environment)
         assert pair.wait() == [2, 0], pair.first.err
         assert reason in " ".join(pair.first.err.split())
+
+
+def test_ways_to_learn_a_task_that_need_whole_weights_are_refused_under_fsdp(
+    worlds, processes, tmp_path, snapshot
+):
+    rows = [{"prompt": edit.prompt, "completion": edit.old} for edit in worlds().edits[:10]]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(json.dumps(row) for row in rows) + "\n", "utf-8")
+    words = ["finetune", worlds().folder, "--task", task, "--method", "l2"]
+    pair = Pair(processes, *words, "--out", tmp_path / "out", environment=SHARDED)
+    assert pair.wait() == [2, 0], pair.first.err
+    assert "look at whole weights" in " ".join(pair.first.err.split())
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_one_process_needs_no_group():

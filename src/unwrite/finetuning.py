@@ -13,6 +13,7 @@ script.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import time
@@ -48,6 +49,7 @@ from unwrite.observe import perplexity
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
 from unwrite.scratch import remove_temporaries, sweep_temporary
+from unwrite.sharding import difference, set_aside, sharded
 from unwrite.tasks import Example, Task, is_right, read_task, read_tasks
 from unwrite.training import Pair, Share, row_losses
 from unwrite.weights import Weights, save_weights
@@ -438,17 +440,23 @@ def learn_task(
 
     The loss is the mean over examples of the mean over their answer tokens. Checkpoints go to
     ``scratch`` and are taken up from there. The model is bitwise unchanged however this ends, and
-    so is the state of all random number generators. Several processes divide each batch; raises
-    ``BadSetting`` where they shard the model (FSDP).
+    so is the state of all random number generators. Several processes divide each batch, and with
+    FSDP2 the model as well. Raises ``BadSetting`` for callbacks that need the model whole (``l2``,
+    ``ewc`` and ``early``) there.
     """
     if processes.shards():
-        raise BadSetting(
-            "finetune trains through transformers' Trainer, which would take the model apart under "
-            "FSDP. Launch without use_fsdp, or teach by 'update', which can shard."
-        )
+        _refuse_whole(callbacks)
     orders = {"examples": examples, "course": course, "scratch": scratch, "callbacks": callbacks}
     with processes.called_in(model, learn_task, **orders):
         return _learned_task(model, examples, course, scratch, callbacks)
+
+
+def _refuse_whole(callbacks: Sequence[Any]) -> None:
+    if any(isinstance(one, Anchor | BestEpoch) for one in callbacks):
+        raise BadSetting(
+            "The methods l2, ewc and early look at whole weights, which no process has under FSDP. "
+            "Launch without use_fsdp, or use the method plain or graceful."
+        )
 
 
 def _learned_task(
@@ -458,12 +466,40 @@ def _learned_task(
     scratch: Path,
     callbacks: Sequence[Any],
 ) -> Delta:
-    from transformers import TrainingArguments
-
     rows = [closed(model, example) for example in examples]
     steps = -(-len(rows) // (course.batch_size * course.accumulate)) * course.epochs
-    weights = model.weights
-    before = {name: weights[name].clone() for name in model.names}
+    divided = processes.shards()
+    with _own_randomness(), contextlib.ExitStack() as clean_up:
+        learner, before = model, dict[str, torch.Tensor]()
+        if divided:
+            origin = clean_up.enter_context(set_aside(model))
+            learner, _ = sharded(model, origin, model.names)
+            clean_up.enter_context(_divided_already())
+        else:
+            origin = model.weights
+            before |= {name: origin[name].clone() for name in model.names}
+            clean_up.callback(_restore, model, before, model.network.training)
+        arguments = _arguments(
+            model, course, scratch, saved=steps > course.save_every and not divided
+        )
+        advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
+        trainer = _trainer(learner, arguments, rows, callbacks, advance, course, divided)
+        checkpoints = processes.told(
+            lambda: sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
+        )
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+        if divided:
+            del trainer  # its optimiser's memory, before whole tensors come together
+            return difference(learner, origin, list(model.names))
+        trained = model.weights  # anew: with several processes the Trainer moves the parameters
+        return Delta.from_changes(
+            {name: Dense((trained[name] - one).cpu()) for name, one in before.items()}
+        )
+
+
+def _arguments(model: Model, course: Course, scratch: Path, *, saved: bool) -> Any:
+    from transformers import TrainingArguments
+
     arguments = TrainingArguments(
         output_dir=str(scratch),
         num_train_epochs=course.epochs,
@@ -475,30 +511,46 @@ def _learned_task(
         max_grad_norm=course.max_grad_norm,
         bf16=course.precision == "bf16",
         # The Trainer would also save at the end, where there is nothing to take up any more.
-        save_strategy="steps" if steps > course.save_every else "no",
+        save_strategy="steps" if saved else "no",
         save_steps=course.save_every,
         save_total_limit=1,
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
-        use_cpu=model.device.type == "cpu",
+        use_cpu=processes.told(lambda: model.device.type) == "cpu",
         dataloader_pin_memory=False,
         seed=course.seed,
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # never split a batch over devices behind our back
-    with _own_randomness(), contextlib.ExitStack() as clean_up:
-        clean_up.callback(_restore, model, before, model.network.training)
-        advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
-        trainer = _trainer(model, arguments, rows, callbacks, advance, course)
-        checkpoints = processes.told(
-            lambda: sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
-        )
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-        trained = model.weights  # anew: with several processes the Trainer moves the parameters
-        return Delta.from_changes(
-            {name: Dense((trained[name] - one).cpu()) for name, one in before.items()}
-        )
+    return arguments
+
+
+@contextlib.contextmanager
+def _divided_already() -> Iterator[None]:
+    """Within the block accelerate sees several processes and no FSDP: it would divide anew what is
+    divided, and only on GPUs."""
+    name = "ACCELERATE_USE_FSDP"
+    asked = os.environ[name]
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        os.environ[name] = asked
+
+
+class _Divided(torch.nn.Module):
+    """A network that is divided among the processes, as a Trainer may call it: one that is wrapped
+    already is not wrapped in anything else, so its products in bf16 are seen to here."""
+
+    def __init__(self, network: torch.nn.Module, bf16: bool) -> None:
+        super().__init__()
+        self.module, self.bf16 = network, bf16
+
+    def forward(self, *inputs: Any, **words: Any) -> Any:
+        device = next(self.module.parameters()).device.type
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=self.bf16):
+            return self.module(*inputs, **words)
 
 
 def _trainer(
@@ -508,6 +560,7 @@ def _trainer(
     callbacks: Sequence[Any],
     advance: Callable[[int, str], None],
     course: Course,
+    divided: bool,
 ) -> Any:
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
@@ -538,6 +591,11 @@ def _trainer(
             return prepare_data_loader(
                 whole, num_processes=1, process_index=0, use_seedable_sampler=True
             )
+
+        def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+            if divided:
+                return _Divided(model, self.args.bf16)
+            return super()._wrap_model(model, training, dataloader)
 
         def create_optimizer(self, *given: Any) -> Any:
             if course.optimizer != "adamw":

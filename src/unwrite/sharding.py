@@ -14,14 +14,15 @@ pass, and whether its activations are computed twice is what the launch file say
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.distributed.tensor import distribute_tensor
 
 from unwrite import processes, scratch
-from unwrite.delta import SCRATCH
+from unwrite.change import Dense
+from unwrite.delta import SCRATCH, Delta
 from unwrite.model import Model
 from unwrite.weights import Weights, save_weights
 
@@ -69,9 +70,27 @@ def sharded(model: Model, weights: Weights, trained: Collection[str]) -> tuple[M
     return spread, device
 
 
-def gathered(model: Model, names: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The whole tensors of a sharded model one after the other, in fp32, in every process.
-    Collective: all processes must go through all of it, in step."""
+@torch.no_grad()
+def difference(learner: Model, origin: Weights, names: Sequence[str]) -> Delta:
+    """How far a sharded model is from ``origin``, in scratch files of the first process: whole
+    tensors come together there one at a time. The other processes get nothing. Collective."""
+    whole = _gathered(learner, names)
+    if processes.rank() > 0:
+        for _ in whole:
+            pass
+        return Delta.nothing()
+
+    def read(name: str) -> Dense:
+        came, tensor = next(whole)
+        assert came == name, "tensors are written in the order in which they are gathered"
+        return Dense(tensor.cpu() - origin[name])
+
+    return Delta(names, read).stored()
+
+
+def _gathered(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The whole tensors of a sharded model one after the other, in fp32, in every process. All
+    processes must go through all of it, in step."""
     parameters = model.parameters
     for name in names:
         whole: Any = parameters[name].detach()

@@ -43,8 +43,7 @@ from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
-from unwrite.sharding import gathered, set_aside, sharded
-from unwrite.weights import Weights
+from unwrite.sharding import difference, set_aside, sharded
 
 ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
@@ -228,9 +227,9 @@ def fine_tune(
         run.train()
         if processes.shards():
             del run.optimizer  # its memory, before whole tensors come together
-            delta = _gathered(learner, origin, names)
+            delta = difference(learner, origin, names)
         else:
-            delta = _difference(run, course, before, start)
+            delta = _change_of(run, course, before, start)
         return run.result(course, delta, time.perf_counter() - started)
 
 
@@ -241,7 +240,7 @@ def _fine_tune_along(
     fine_tune(model, pairs, recipe, trainable=set(names).__contains__, **hooks)
 
 
-def _difference(
+def _change_of(
     run: _Run, course: _Course, before: Mapping[str, torch.Tensor], start: Delta
 ) -> Delta:
     """What the trained weights are away from where they started."""
@@ -256,24 +255,6 @@ def _difference(
             origin = origin + start[name].dense().to(origin.device)
         changes[name] = Dense(torch.sub(parameter.detach(), origin, out=room).cpu())
     return Delta.from_changes(changes)
-
-
-@torch.no_grad()
-def _gathered(learner: Model, origin: Weights, names: Sequence[str]) -> Delta:
-    """How far a sharded model is from ``origin``, in scratch files of the first process: whole
-    tensors come together there one at a time. The other processes get nothing."""
-    whole = gathered(learner, names)
-    if processes.rank() > 0:
-        for _ in whole:
-            pass
-        return Delta.nothing()
-
-    def read(name: str) -> Dense:
-        came, tensor = next(whole)
-        assert came == name, "tensors are written in the order in which they are gathered"
-        return Dense(tensor.cpu() - origin[name])
-
-    return Delta(names, read).stored()
 
 
 def fine_tune_adapters(
