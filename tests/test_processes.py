@@ -121,6 +121,19 @@ def test_sharded_processes_change_what_one_changes(homes, edits, processes, name
     assert_as_alone(homes, edits, processes, METHODS[name], SHARDED)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        {"FSDP_OFFLOAD_PARAMS": "true"},
+        {"FSDP_RESHARD_AFTER_FORWARD": "false"},
+    ],
+    ids=lambda asked: next(iter(asked)).lower(),
+)
+def test_what_the_launch_file_asks_of_shards_changes_no_result(homes, edits, processes, asked):
+    assert_as_alone(homes, edits, processes, METHODS["full"], SHARDED | asked)
+
+
 def assert_as_alone(homes, edits, processes, method, environment):
     alone, together = homes(), homes()
     expected = processes.run(*update(alone, edits, *method))

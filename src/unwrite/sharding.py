@@ -105,7 +105,8 @@ def _spread(model: Model, device: torch.device) -> torch.device:
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     asked = FullyShardedDataParallelPlugin()  # reads what the launcher was told
-    offloaded = isinstance(asked.cpu_offload, CPUOffloadPolicy)
+    # On CPUs shards are in host memory anyway.
+    offloaded = device.type != "cpu" and isinstance(asked.cpu_offload, CPUOffloadPolicy)
     words: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (processes.count(),)),
         "reshard_after_forward": asked.reshard_after_forward,

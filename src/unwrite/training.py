@@ -368,10 +368,9 @@ class _Run:
         # compared weight by weight, and different masks would be noise in that comparison.
         self.model.network.eval()
         total = recipe.epochs * math.ceil(len(rows) / recipe.rows_per_step)
-        alone = self.processes == 1
         with (
             self.model.progress.stage("training", total) as advance,
-            _sparse_embedding(self.model) if alone else contextlib.nullcontext(),
+            contextlib.nullcontext() if processes.shards() else _sparse_embedding(self.model),
             # Where memory is short, what is freed must not stay: a heap that keeps it has holes.
             freed_memory_goes_back() if self.frugal else freed_memory_is_kept(),
             self._stepping(),
