@@ -14,6 +14,7 @@ def blocks() -> dict[str, list[str]]:
         "streaming": ("bigger_than_memory", streaming),
         "paper": ("scale_plan", paper),
         "pair": ("two_processes", pair),
+        "ray": ("ray_overhead", ray),
     }
     return {
         block: make(committed(name)) if (RESULTS / f"{name}.json").exists() else missing(name)
@@ -71,13 +72,33 @@ def paper(result: dict[str, Any]) -> list[str]:
 
 
 def pair(result: dict[str, Any]) -> list[str]:
-    """Two processes against one."""
-    faster = result["times_faster"]
+    """Two processes against one, and against two that know nothing of each other."""
+    lines = [
+        "| rows of a step | two processes are faster | two apart, half the rows each | losses |",
+        "| --- | --- | --- | --- |",
+    ]
+    for batch, one in result["batches"].items():
+        faster, apart = one["times_faster"], one["times_faster_apart"]
+        lines.append(
+            f"| {batch} | {faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f}) | "
+            f"{apart['median']:.2f}x ({apart['min']:.2f} to {apart['max']:.2f}) | "
+            f"differ by {one['largest_relative_difference_of_losses']:.0e} of themselves |"
+        )
+    how = f"Fine-tuning {result['base']}, each process pinned to one core; the goal is "
+    return [*lines, "", f"{how}{result['goal']}x."]
+
+
+def ray(result: dict[str, Any]) -> list[str]:
+    """What Ray costs."""
+    local, there = result["local"], result["ray"]
     return [
-        f"Fine-tuning {result['base']} in batches of {result['batch']} rows, each process pinned "
-        f"to one core: two are {faster['median']:.2f} times as fast as one ({faster['min']:.2f} to "
-        f"{faster['max']:.2f}; goal {result['goal']}); losses differ by at most "
-        f"{result['largest_relative_difference_of_losses']:.0e} of themselves.",
+        f"{result['cells']} cells of {local['cell']:.0f} s each, the local executor on one core "
+        f"and a Ray cluster of one worker on the other at the same time: with Ray the cells took "
+        f"{100 * result['overhead']:.1f} % longer (median cell "
+        f"{100 * result['overhead_of_the_median_cell']:+.1f} %; goal below "
+        f"{100 * result['goal']:.0f} %), and the first one was there "
+        f"{there['first'] - local['first']:.0f} s later, which is the start of the cluster and its "
+        f"worker. Scores {'are the same' if result['same_scores'] else 'differ'}.",
     ]
 
 
