@@ -49,7 +49,11 @@ def pages() -> dict[Path, str]:
             "speed": [
                 *head,
                 *rows(),
+                *floor_rows(),
                 *delicate_rows(),
+                *undo_rows(),
+                *batch_rows(),
+                *growth_rows(),
                 *locate_rows(),
                 *product_rows(),
                 *peer_rows(),
@@ -543,6 +547,16 @@ def peer_rows() -> list[str]:
                 "2x",
             )
         )
+    if (found := measured("adapter_merge")) is not None:
+        lines.append(
+            row(
+                f"merging a LoRA adapter of rank {found['rank']} into files against peft "
+                f"(largest difference {found['largest_difference']:.0e}); against copying",
+                f"{spread(found['peft_over_unwrite'], 2)} faster; "
+                f"{spread(found['unwrite_over_copy'], 1)}",
+                "-",
+            )
+        )
     if (found := measured("merging_peers")) is not None:
         peaks = found["peak_gb"]
         lines.append(
@@ -576,6 +590,71 @@ def arithmetic_rows(arithmetic: dict[str, Any]) -> list[str]:
             )
         )
     return found
+
+
+def floor_rows() -> list[str]:
+    """Training in bf16, and against what its products take at least."""
+    found = committed("training")
+    if "unwrite_over_floor" not in found:
+        return []
+    rates = {kind: median(one) / 1e9 for kind, one in found["operations_a_second"].items()}
+    return [
+        row(
+            "the same with bf16 products over fp32 weights (answer loss after: "
+            f"{found['loss_after']['unwrite, bf16']:.2f})",
+            f"{spread(found['trainer_over_unwrite_bf16'], 2)} faster",
+            "3.5x",
+        ),
+        row(
+            f"the same against its floor, {found['operations'] / 1e12:.1f} T operations at the "
+            f"measured rate of large products ({rates['fp32']:.0f} G a second in fp32, "
+            f"{rates['bf16']:.0f} G in bf16): fp32; bf16",
+            f"{spread(found['unwrite_over_floor'], 2)}; "
+            f"{spread(found['unwrite_bf16_over_floor'], 2)}",
+            "1.5x",
+        ),
+    ]
+
+
+def undo_rows() -> list[str]:
+    """Undoing one of ten updates."""
+    if (found := measured("undo")) is None:
+        return []
+    lines = []
+    for kind, one in found["kinds"].items():
+        lines.append(
+            row(
+                f"undoing one of {found['updates']} updates ({kind}: {one['tensors_touched']} "
+                "tensors touched) against copying these tensors; against reading what is left",
+                f"{spread(one['undo_over_copy'], 2)}; {spread(one['undo_over_floor'], 2)}",
+                f"{found['goal']}x",
+            )
+        )
+    return lines
+
+
+def batch_rows() -> list[str]:
+    """Many edits at once."""
+    if (found := measured("batch_of_edits")) is None:
+        return []
+    return [
+        row(
+            f"{found['edits']} edits at once against one by one, until learned, an edit",
+            f"{spread(found['alone_over_together'])} cheaper",
+            f"{found['goal']}x",
+        )
+    ]
+
+
+def growth_rows() -> list[str]:
+    """How time grows."""
+    if (found := measured("growth")) is None:
+        return []
+    slopes = "; ".join(
+        f"{name} {one['exponent']:.2f} ({one['sizes'][0]:,} to {one['sizes'][-1]:,})"
+        for name, one in found["curves"].items()
+    )
+    return [row("time grows by the power (1 is linear)", slopes, "-")]
 
 
 def delicate_rows() -> list[str]:

@@ -6,7 +6,9 @@ Both train SmolLM2-135M on the answers only (fp32, AdamW, constant rate, clippin
 from the same weights. The Trainer is used as its documentation says: tokenised rows, labels -100 on
 the prompt, padding to the longest of a batch, shuffled. Times include snapshot and delta (ours) and
 nothing but ``train()`` (theirs). The final loss is the mean answer loss over all edits after
-training, computed for both by the same code.
+training, computed for both by the same code. A third contender is ours with bf16 products over fp32
+master weights. The floors are the operations of the matrix products over the rate of large products
+that was measured in the same turn.
 """
 
 from __future__ import annotations
@@ -14,15 +16,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainingArguments
 
-from benchmarks.measure import in_turns, ratio, write
+from benchmarks import floors
+from benchmarks.measure import in_turns, ratio, torchs_products, write
 from unwrite import load, read_edits
 from unwrite.model import Model, Tokens
 from unwrite.training import Recipe, fine_tune, new_pairs
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def main() -> None:
@@ -43,10 +49,10 @@ def main() -> None:
         epochs=options.epochs, lr=options.lr, batch_size=options.batch_size, until="epochs"
     )
     kept = {name: tensor.clone() for name, tensor in model.weights.items()}
-    losses: dict[str, list[float]] = {"unwrite": [], "trainer": []}
+    losses: dict[str, float] = {}
 
-    def ours() -> None:
-        trained = fine_tune(model, pairs, recipe)
+    def ours(precision: Literal["fp32", "bf16"] = "fp32") -> None:
+        trained = fine_tune(model, pairs, replace(recipe, precision=precision))
         deltas.append(trained.delta)
 
     deltas: list[Any] = []
@@ -68,22 +74,31 @@ def main() -> None:
                 use_cpu=model.device.type == "cpu",
             )
             rows = [row(tokens) for tokens in sequences]
-            Trainer(model.network, arguments, train_dataset=rows, data_collator=collate).train()
+            trainer = Trainer(model.network, arguments, train_dataset=rows, data_collator=collate)
+            with torchs_products(model.network):  # as it finds a network
+                trainer.train()
 
-    for name, train in {"unwrite": ours, "trainer": theirs}.items():  # warm up, and compare losses
+    half = "unwrite, bf16"
+    work = {"unwrite": ours, half: lambda: ours("bf16"), "trainer": theirs}
+    for name, train in work.items():  # warm up, and compare losses
         train()
-        if name == "unwrite":
-            with model.shifted(deltas.pop()):
-                losses[name].append(answer_loss_now(model, sequences))
-        else:
-            losses[name].append(answer_loss_now(model, sequences))
+        if name == "trainer":
+            losses[name] = answer_loss_now(model, sequences)
             restore(model, kept)
-    seconds: dict[str, list[float]] = {"unwrite": [], "trainer": []}
+            continue
+        with model.shifted(deltas.pop()):
+            losses[name] = answer_loss_now(model, sequences)
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
     for _ in range(options.repeats):
-        for name, times in in_turns({"unwrite": ours, "trainer": theirs}, 1).items():
+        for kind, found in rates.items():
+            found.append(floors.multiplications(getattr(torch, DTYPES[kind])))
+        for name, times in in_turns(work, 1).items():
             seconds[name] += times
         deltas.clear()
         restore(model, kept)
+    operations = options.epochs * floors.training_operations(model, sequences)
+    least = {kind: [operations / rate for rate in found] for kind, found in rates.items()}
     write(
         "training",
         {
@@ -92,9 +107,14 @@ def main() -> None:
             "batch_size": options.batch_size,
             "tokens_per_epoch": sum(len(tokens.ids) for tokens in sequences),
             "loss_before": answer_loss_now(model, sequences),
-            "loss_after": {name: statistics.median(values) for name, values in losses.items()},
+            "loss_after": losses,
             "seconds": seconds,
             "trainer_over_unwrite": ratio(seconds["trainer"], seconds["unwrite"]),
+            "trainer_over_unwrite_bf16": ratio(seconds["trainer"], seconds[half]),
+            "operations": operations,
+            "operations_a_second": rates,
+            "unwrite_over_floor": ratio(seconds["unwrite"], least["fp32"]),
+            "unwrite_bf16_over_floor": ratio(seconds[half], least["bf16"]),
         },
     )
 

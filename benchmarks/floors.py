@@ -1,0 +1,65 @@
+"""What this machine can do at best: the rates that floors are computed from.
+
+A floor is the least time that a piece of work can take: its operations over the measured rate of
+large matrix products, or its bytes over the measured rate of copying. Measured in the same run as
+what is held against it, and shortly before, because these machines are shared.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from unwrite import products
+from unwrite.model import Model, Tokens
+
+SIDE = 1536  # of the matrices, large enough for the full rate and small enough for a second
+FLOATS = 1 << 25  # copied at once: far more than a cache
+
+
+def multiplications(dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
+    """Operations a second of a large matrix product, the best of some: by oneDNN where the product
+    is fp32 and torch has it, else as torch multiplies."""
+    left, right = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
+    quick = dtype == torch.float32 and products.gains()
+    linear = torch.ops.mkldnn._linear_pointwise
+
+    def multiply() -> Any:
+        return linear(left, right, None, "none", [], "") if quick else left @ right.t()
+
+    return 2 * SIDE**3 / best(multiply, repeats)
+
+
+def copying(repeats: int = 5) -> float:
+    """Bytes read and written a second while a large tensor is copied, the best of some."""
+    source, target = torch.ones(FLOATS), torch.ones(FLOATS)
+    return 2 * 4 * FLOATS / best(lambda: target.copy_(source), repeats)
+
+
+def best(work: Callable[[], Any], repeats: int) -> float:
+    """The least seconds of some runs: what the machine does when nobody disturbs it."""
+    work()
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def training_operations(model: Model, sequences: list[Tokens]) -> float:
+    """Operations of one epoch of training all weights: forward, and backward to weights and inputs,
+    are two for each weight of a matrix and position; the head sees positions of answers only."""
+    embedding = model.network.get_input_embeddings().weight
+    matrices = sum(
+        one.numel() for one in model.network.parameters() if one.ndim == 2 and one is not embedding
+    )
+    head = model.network.get_output_embeddings().weight
+    if head is not embedding:
+        matrices -= head.numel()
+    read = sum(len(tokens.ids) for tokens in sequences)
+    answered = sum(len(tokens.targets) for tokens in sequences)
+    return 6.0 * (matrices * read + head.numel() * answered)

@@ -1,0 +1,138 @@
+"""How long it takes to undo one of ten updates, against copying the tensors that it touched.
+
+    python -m benchmarks.undo [--base smollm2-135m --repeats 5]
+
+Ten updates of three kinds, made up so that arithmetic is measured and not training: ``full`` moves
+every weight, ``core`` one in twenty of every tensor (as ``delicate`` does), ``one layer`` a matrix
+of its own by a product of rank one (as ``rome`` does). The fifth is undone, the state recomposed
+and its fingerprint checked; then its line is taken out of the ledger again for the next turn.
+
+The copy reads the touched tensors of the base checkpoint and writes them to a file. The floor is
+reading what a state is made of: the touched tensors of the base, and of all changes that are left,
+from files in the page cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+import unwrite
+from benchmarks.measure import in_turns, ratio, write
+from unwrite.change import Change, Dense, LowRank, mask
+from unwrite.delta import Delta
+from unwrite.edits import Edit
+from unwrite.weights import Weights, save_weights
+
+KINDS: tuple[Literal["full", "core", "one layer"], ...] = ("full", "core", "one layer")
+UPDATES, UNDONE = 10, 4
+KEPT = 0.05  # of the elements, in a core
+SIZE = 1e-5  # of an element's change: nothing that answers would notice
+GOAL = 1.5
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """A change of one kind, drawn by seed."""
+
+    kind: Literal["full", "core", "one layer"]
+    seed: int = 0
+
+    name: ClassVar[str] = "made-up"
+
+    def delta(self, model: Any, _edits: Any) -> Delta:
+        draw = torch.Generator().manual_seed(self.seed)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.weights.items()}
+        if self.kind == "one layer":
+            name = f"{model.anatomy.mlp_out[self.seed]}.weight"
+            rows, columns = shapes[name]
+            factors = torch.randn(rows, 1, generator=draw), torch.randn(1, columns, generator=draw)
+            return Delta.from_changes({name: LowRank(*factors, scale=SIZE)})
+        return Delta.from_changes({n: self._change(s, draw) for n, s in shapes.items()})
+
+    def _change(self, shape: tuple[int, ...], draw: torch.Generator) -> Change:
+        values = SIZE * torch.randn(shape, generator=draw)
+        if self.kind == "full":
+            return Dense(values)
+        return mask(values, torch.rand(shape, generator=draw) < KEPT)
+
+
+def main() -> None:
+    """Measure every kind in a home of its own and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="smollm2-135m")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kinds", default=",".join(KINDS), help="by comma")
+    options = parser.parse_args()
+    found, edits = {}, unwrite.read_edits("atlas", limit=UPDATES)
+    for kind in KINDS:
+        if kind in options.kinds.split(","):
+            with tempfile.TemporaryDirectory() as place:
+                found[kind] = measured(options.base, edits, kind, Path(place), options.repeats)
+                print(kind, found[kind])
+    write("undo", {"base": options.base, "updates": UPDATES, "goal": GOAL, "kinds": found})
+
+
+def measured(
+    base: str | Path,
+    edits: Sequence[Edit],
+    kind: Literal["full", "core", "one layer"],
+    place: Path,
+    repeats: int,
+) -> dict[str, Any]:
+    """Seconds of undoing, of copying and of the floor, in turns."""
+    home = unwrite.open(place / "home", base=base)
+    for number in range(len(edits)):
+        home.update(edits[number : number + 1], MadeUp(kind, number))
+    live = home.ledger.live()
+    ledger = home.folder / "ledger.jsonl"
+    whole = ledger.read_bytes()
+    deltas = home.deltas(live)
+    base_weights = Weights.from_folder(home.source.folder)
+    touched = [name for name in base_weights if name in deltas[UNDONE]]
+
+    def undo() -> None:
+        unwrite.open(home.folder).undo(live[UNDONE], recheck=False)
+
+    def copy() -> None:
+        specs = {name: base_weights.specs[name] for name in touched}
+        with tempfile.TemporaryDirectory(dir=place) as out:
+            save_weights(Path(out) / "copy", Weights(specs, base_weights.__getitem__))
+
+    def read() -> None:
+        _go_through(base_weights[name] for name in touched)
+        for number, delta in enumerate(deltas):
+            if number != UNDONE:
+                _go_through(t for name in delta for t in delta[name].tensors().values())
+
+    seconds: dict[str, list[float]] = {"undo": [], "copy": [], "floor": []}
+    work: dict[str, Callable[[], None]] = {"undo": undo, "copy": copy, "floor": read}
+    for turn in range(repeats + 1):  # the first one is not counted
+        for name, times in in_turns(work, 1).items():
+            seconds[name] += times if turn else []
+        undone = unwrite.open(home.folder)
+        assert live[UNDONE] not in undone.ledger.live() and undone.verify() == []
+        ledger.write_bytes(whole)
+    return {
+        "tensors_touched": len(touched),
+        "seconds": seconds,
+        "undo_over_copy": ratio(seconds["undo"], seconds["copy"]),
+        "undo_over_floor": ratio(seconds["undo"], seconds["floor"]),
+        "floor_over_copy": ratio(seconds["floor"], seconds["copy"]),
+    }
+
+
+def _go_through(tensors: Iterable[torch.Tensor]) -> None:
+    """Every byte of the tensors, once."""
+    for tensor in tensors:
+        tensor.view(-1).view(torch.uint8).sum(dtype=torch.int64)
+
+
+if __name__ == "__main__":
+    main()
