@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import in_turns, ratio, write
+from benchmarks.merging_peers import difference
 from unwrite import load
 from unwrite.change import LowRank
 from unwrite.delta import Delta, compose
@@ -97,12 +98,6 @@ def read_adapter(folder: Path) -> Delta:
             file = name.removeprefix("base_model.model.").replace(".lora_A", "")
             changes[file] = LowRank(b, a, scale=2.0)
     return Delta.from_changes(changes)
-
-
-def difference(one: Path, other: Path) -> float:
-    """The largest difference of an element."""
-    ours, theirs = Weights.from_folder(one), Weights.from_folder(other)
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,12 @@ what is held against it, and shortly before, because these machines are shared.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from benchmarks.measure import in_turns
 from unwrite import products
 from unwrite.model import Model, Tokens
 
@@ -21,16 +21,13 @@ FLOATS = 1 << 25  # copied at once: far more than a cache
 
 
 def multiplications(dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
-    """Operations a second of a large matrix product, the best of some: by oneDNN where the product
-    is fp32 and torch has it, else as torch multiplies."""
-    left, right = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
-    quick = dtype == torch.float32 and products.gains()
-    linear = torch.ops.mkldnn._linear_pointwise
-
-    def multiply() -> Any:
-        return linear(left, right, None, "none", [], "") if quick else left @ right.t()
-
-    return 2 * SIDE**3 / best(multiply, repeats)
+    """Operations a second of a large matrix product, the best of some: by oneDNN where this
+    project multiplies so, else as torch does."""
+    layer = torch.nn.Linear(SIDE, SIDE, bias=False, dtype=dtype)
+    products.multiply_fast(layer)
+    rows = torch.randn(SIDE, SIDE).to(dtype)
+    with torch.no_grad():
+        return 2 * SIDE**3 / best(lambda: layer(rows), repeats)
 
 
 def copying(repeats: int = 5) -> float:
@@ -42,12 +39,7 @@ def copying(repeats: int = 5) -> float:
 def best(work: Callable[[], Any], repeats: int) -> float:
     """The least seconds of some runs: what the machine does when nobody disturbs it."""
     work()
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - started)
-    return min(found)
+    return min(in_turns({"work": work}, repeats)["work"])
 
 
 def training_operations(model: Model, sequences: list[Tokens]) -> float:

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.measure import exponent, write
+from benchmarks.measure import exponent, in_turns, write
 from unwrite import load, read_edits
 from unwrite.model import Model
 from unwrite.observe import observe, questions
@@ -76,12 +75,7 @@ def curve(
     """The least seconds by size, all sizes in turns, and the exponent."""
     work = {size: make(size) for size in sizes}
     work[sizes[0]]()  # warm
-    found: dict[int, list[float]] = {size: [] for size in sizes}
-    for _ in range(repeats):
-        for size, run in work.items():
-            started = time.perf_counter()
-            run()
-            found[size].append(time.perf_counter() - started)
+    found = in_turns(work, repeats)
     best = {size: min(times) for size, times in found.items()}
     slope = exponent(list(best), list(best.values()))
     return {"sizes": list(sizes), "seconds": found, "exponent": slope}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,10 +22,12 @@ from unwrite.products import Linear
 
 RESULTS = Path(__file__).parent / "results"
 
+Name = TypeVar("Name", str, int)
 
-def in_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+
+def in_turns(work: Mapping[Name, Callable[[], Any]], repeats: int) -> dict[Name, list[float]]:
     """Seconds of every piece of work, run A B C A B C ...: drift of the machine hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
+    seconds: dict[Name, list[float]] = {name: [] for name in work}
     for _ in range(repeats):
         for name, run in work.items():
             started = time.perf_counter()

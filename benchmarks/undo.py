@@ -8,15 +8,15 @@ of its own by a product of rank one (as ``rome`` does). The fifth is undone, the
 and its fingerprint checked; then its line is taken out of the ledger again for the next turn.
 
 The copy reads the touched tensors of the base checkpoint and writes them to a file. The floor is
-reading what a state is made of: the touched tensors of the base, and of all changes that are left,
-from files in the page cache.
+the bytes that a state is made of, the touched tensors of the base and all changes that are left,
+over the rate of copying memory that was measured in the same turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 import unwrite
+from benchmarks import floors
 from benchmarks.measure import in_turns, ratio, write
 from unwrite.change import Change, Dense, LowRank, mask
 from unwrite.delta import Delta
@@ -105,17 +106,15 @@ def measured(
         with tempfile.TemporaryDirectory(dir=place) as out:
             save_weights(Path(out) / "copy", Weights(specs, base_weights.__getitem__))
 
-    def read() -> None:
-        _go_through(base_weights[name] for name in touched)
-        for number, delta in enumerate(deltas):
-            if number != UNDONE:
-                _go_through(t for name in delta for t in delta[name].tensors().values())
-
     seconds: dict[str, list[float]] = {"undo": [], "copy": [], "floor": []}
-    work: dict[str, Callable[[], None]] = {"undo": undo, "copy": copy, "floor": read}
+    work: dict[str, Callable[[], None]] = {"undo": undo, "copy": copy}
+    left = [delta for number, delta in enumerate(deltas) if number != UNDONE]
+    needed = sum(base_weights.bytes(name) for name in touched)
+    needed += sum(delta.summary().bytes for delta in left)
     for turn in range(repeats + 1):  # the first one is not counted
         for name, times in in_turns(work, 1).items():
             seconds[name] += times if turn else []
+        seconds["floor"] += [needed / floors.copying()] if turn else []
         undone = unwrite.open(home.folder)
         assert live[UNDONE] not in undone.ledger.live() and undone.verify() == []
         ledger.write_bytes(whole)
@@ -126,12 +125,6 @@ def measured(
         "undo_over_floor": ratio(seconds["undo"], seconds["floor"]),
         "floor_over_copy": ratio(seconds["floor"], seconds["copy"]),
     }
-
-
-def _go_through(tensors: Iterable[torch.Tensor]) -> None:
-    """Every byte of the tensors, once."""
-    for tensor in tensors:
-        tensor.view(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
 if __name__ == "__main__":

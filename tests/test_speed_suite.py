@@ -112,7 +112,7 @@ def test_undoing_is_measured_on_homes_that_stay_whole(worlds, tmp_path, monkeypa
 
 def test_a_curve_is_fitted_and_its_points_are_told(monkeypatch):
     clock = iter(range(10**6))
-    monkeypatch.setattr(growth.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: float(next(clock)))
 
     def make(size):
         return lambda: [next(clock) for _ in range(size - 1)]
