@@ -6,8 +6,8 @@ One comparison twice, at the same time: by the local executor on the first core,
 cluster of one worker on the second, where Ray's own processes run as well. A cell is a fine-tune of
 all weights on bundled facts and its scores. Files tell when a cell was finished: from the first to
 the last is the steady work, and the overhead is how much longer that took with Ray; what passed
-before the first cell was finished is told apart, as start-up. The goal: below 5 % with cells of 30
-seconds. The scores of both must be the same.
+before the first cell was finished, from when the cluster was there, is told apart as start-up. The
+goal: below 5 % with cells of 30 seconds. The scores of both must be the same.
 """
 
 from __future__ import annotations

@@ -97,8 +97,9 @@ def ray(result: dict[str, Any]) -> list[str]:
         f"{100 * result['overhead']:.1f} % longer (median cell "
         f"{100 * result['overhead_of_the_median_cell']:+.1f} %; goal below "
         f"{100 * result['goal']:.0f} %), and the first one was there "
-        f"{there['first'] - local['first']:.0f} s later, which is the start of the cluster and its "
-        f"worker. Scores {'are the same' if result['same_scores'] else 'differ'}.",
+        f"{there['first'] - local['first']:.0f} s later, which is the start of the "
+        "worker (that of the cluster came before). Scores "
+        f"{'are the same' if result['same_scores'] else 'differ'}.",
     ]
 
 
