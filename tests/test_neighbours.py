@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import unwrite
 from unwrite.edits import Edit, Probe
 from unwrite.errors import BadSetting
-from unwrite.neighbours import neighbours
+from unwrite.neighbours import bundled_subjects, neighbours
 from unwrite.training import Recipe, fine_tune, new_pairs
 
 FRANCE = ("The capital of France is", "France")
@@ -34,11 +34,16 @@ def test_there_are_never_too_many_and_never_what_is_asked(asked, count):
 
 
 def test_the_subjects_of_other_edits_are_no_neighbours():
-    facts = unwrite.read_edits("atlas")
-    of_all = [("It is X.", "X"), *((f"It is {edit.subject}.", edit.subject) for edit in facts[1:])]
-    left = {edit.subject for edit in facts} - {edit.subject for edit in facts[1:]}
-    found = neighbours(of_all, 3, seed=0)
-    assert set(found) <= {f"It is {subject}." for subject in left if subject}
+    *taken, left = bundled_subjects()
+    asked = [("It is X.", "X"), *((f"It is {subject}.", subject) for subject in taken)]
+    assert set(neighbours(asked, 3, seed=0)) <= {f"It is {left}."}
+
+
+def test_no_bundled_fact_is_about_a_bundled_subject():
+    """Else protecting made-up neighbours would protect what bundled facts are scored on."""
+    subjects = bundled_subjects()
+    assert len(set(subjects)) == len(subjects) > 300
+    assert not {edit.subject for edit in unwrite.read_edits("atlas")} & set(subjects)
 
 
 @pytest.mark.parametrize("subject", [None, "", "Spain", "a"], ids=str)
@@ -65,7 +70,8 @@ def model(worlds):
 @pytest.fixture
 def of_a_toy(worlds, monkeypatch):
     """The subjects of the toy world in place of the bundled ones, which it does not know."""
-    monkeypatch.setattr("unwrite.neighbours.read_edits", lambda name: worlds().edits)
+    subjects = [edit.prompt.split()[0] for edit in worlds().edits]
+    monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: subjects)
     return [replace(edit, subject=edit.prompt.split()[0]) for edit in worlds().edits[:2]]
 
 

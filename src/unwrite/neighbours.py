@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-
-from unwrite.edits import read_edits
+from importlib import resources
 
 
 def neighbours(asked: Sequence[tuple[str, str | None]], count: int, seed: int) -> tuple[str, ...]:
     """For every ``(prompt, subject)``, ``count`` prompts with another subject in its place.
 
-    The subjects are drawn by ``seed`` from those of the bundled facts, without any of ``asked``. A
-    prompt without a subject, or in which it does not stand exactly once, gets none. No prompt that
-    is asked itself is among the result, and none stands there twice.
+    The subjects are drawn by ``seed`` from a bundled list of people, places, organisations and
+    works, none of which the bundled facts are about, without any of ``asked``. A prompt without a
+    subject, or in which it does not stand exactly once, gets none. No prompt that is asked itself is
+    among the result, and none stands there twice.
     """
     if not count:
         return ()
     own = {subject for _, subject in asked if subject}
-    others = sorted({edit.subject for edit in read_edits("atlas") if edit.subject} - own)
+    others = [subject for subject in bundled_subjects() if subject not in own]
     draw = random.Random(seed)
     found = [
         prompt.replace(subject, other)
@@ -34,3 +34,8 @@ def neighbours(asked: Sequence[tuple[str, str | None]], count: int, seed: int) -
     ]
     prompts = {prompt for prompt, _ in asked}
     return tuple(dict.fromkeys(one for one in found if one not in prompts))
+
+
+def bundled_subjects() -> list[str]:
+    """Well-known people, places, organisations and works, one of each line of the list."""
+    return resources.files("unwrite.data").joinpath("subjects.txt").read_text("utf-8").splitlines()
