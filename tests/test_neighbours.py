@@ -105,5 +105,5 @@ def test_none_are_the_plain_training_bit_for_bit(model, of_a_toy):
 
 
 def test_a_negative_number_is_refused():
-    with pytest.raises(BadSetting, match="neighbours at least 0"):
+    with pytest.raises(BadSetting, match="neighbours and own_prompts at least 0"):
         Recipe(neighbours=-1)

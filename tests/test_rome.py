@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 
-from unwrite.activations import mentions, states
+from unwrite.activations import mention, mentions, states, weight_name
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
 from unwrite.methods.alpha_edit import AlphaEdit, free_directions
@@ -16,6 +16,7 @@ from unwrite.methods.loc_ft import LocFT
 from unwrite.methods.memit import MEMIT, solve
 from unwrite.methods.rome import ROME
 from unwrite.model import Model
+from unwrite.neighbours import made_up
 from unwrite.testing import PEOPLE, check_method, toy_edits
 from unwrite.values import Search, find_values
 
@@ -220,6 +221,35 @@ def test_without_a_weight_for_the_rest_the_residual_is_met(llama):
     assert delta.provenance["notes"]["gap"][-1] < 0.2  # keys of contexts are averaged in
 
 
+@pytest.mark.parametrize("covariance", ["identity", "corpus"])
+def test_the_keys_of_neighbours_are_moved_the_less_the_more_they_weigh(
+    llama, corpus, monkeypatch, covariance
+):
+    monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: list(PEOPLE[6:]))
+    plain = MEMIT(
+        layers=(0,), preserve=1.0, contexts=0, covariance=covariance, corpus=str(corpus), lr=0.5
+    )
+    module = llama.anatomy.mlp_out[0]
+    made = made_up([(edit.prompt, edit.subject) for edit in EDITS], 2, plain.seed)
+    places = [mention(llama, Edit(prompt, "cat", subject=subject)) for prompt, subject in made]
+    (keys,) = states(llama, places, [(module, "in")])
+    moved = []
+    for neighbours, weight in ((0, 10.0), (2, 1.0), (2, 100.0), (2, 1e6)):
+        method = replace(plain, neighbours=neighbours, neighbour_weight=weight)
+        change = method.delta(llama, EDITS)[weight_name(llama, module)].dense()
+        moved.append(float((keys @ change.T).norm()))
+    assert moved == sorted(moved, reverse=True)
+    assert moved[-1] < 0.05 * moved[0]
+
+
+def test_neighbours_of_no_weight_are_none(llama, monkeypatch):
+    monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: list(PEOPLE[6:]))
+    plain = MEMIT(layers=(0,), **PLAIN)
+    (name,) = (before := plain.delta(llama, EDITS[:2]))
+    after = replace(plain, neighbours=2, neighbour_weight=0.0).delta(llama, EDITS[:2])
+    assert torch.allclose(before[name].dense(), after[name].dense(), rtol=1e-4, atol=1e-7)
+
+
 def test_the_small_solve_is_the_published_large_one():
     random = torch.Generator().manual_seed(0)
     keys = torch.randn(5, 40, generator=random).double()
@@ -306,6 +336,7 @@ def test_notes_are_json(llama, corpus, name):
         (lambda: ROME(steps=0), "steps must be greater than 0"),
         (lambda: ROME(kl=-1.0), "kl must not be negative"),
         (lambda: MEMIT(preserve=0.0), "preserve must be greater"),
+        (lambda: MEMIT(neighbours=-1), "neighbours and neighbour_weight must be at least 0"),
         (lambda: ROME(shrinkage=2.0), "shrinkage must lie between"),
         (lambda: ROME(tokens=0), "tokens must be at least 1"),
         (lambda: AlphaEdit(slack=0.0), "slack must lie"),

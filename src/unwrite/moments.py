@@ -32,6 +32,7 @@ from unwrite.edits import read_edits
 from unwrite.errors import BadSetting, DamagedFile
 from unwrite.files import read_jsonl, sha256_bytes, sha256_file, user_path, write_jsonl
 from unwrite.model import Model, length_batches
+from unwrite.own_text import sampled
 from unwrite.pretrained import cache_folder
 from unwrite.training import neutral_contexts
 
@@ -137,22 +138,35 @@ def metrics(
     layers: Sequence[int],
     keys: Callable[[], Sequence[torch.Tensor]],
     statistics: Statistics,
+    besides: Sequence[torch.Tensor] | None = None,
 ) -> tuple[list[Metric], dict[str, Any]]:
     """One metric a layer and a record of what they are made of, as JSON.
 
     ``keys`` (asked for by the identity only; per layer (facts, width)) give it its scale, that of a
     covariance whose directions are all alike, so that a weight beside it means the same.
+    ``besides``: float64 (width, width) a layer, to be added to the covariance: keys that count for
+    more than they do in a corpus.
     """
     if statistics.covariance == "identity":
-        scales = [float((one.double() ** 2).mean()) for one in keys()]
-        return [Metric(None, "", max(scale, 1e-30)) for scale in scales], {"covariance": "identity"}
-    moments, record = second_moments(model, layers, statistics)
-    shares = [_share(one, statistics) for one in moments]
+        scales = [max(float((one.double() ** 2).mean()), 1e-30) for one in keys()]
+        if besides is None:
+            return [Metric(None, "", scale) for scale in scales], {"covariance": "identity"}
+        covariances = [
+            scale * torch.eye(len(more), dtype=torch.float64)
+            for scale, more in zip(scales, besides, strict=True)
+        ]
+        record: dict[str, Any] = {"covariance": "identity"}
+    else:
+        moments, record = second_moments(model, layers, statistics)
+        shares = [_share(one, statistics) for one in moments]
+        covariances = [one.shrunk(share) for one, share in zip(moments, shares, strict=True)]
+        record |= {"shrinkage": [round(share, 6) for share in shares]}
+    more = besides or [torch.zeros((), dtype=torch.float64) for _ in layers]
     found = [
-        Metric(one.shrunk(share), f"layer {layer}")
-        for layer, one, share in zip(layers, moments, shares, strict=True)
+        Metric(one + extra, f"layer {layer}")
+        for layer, one, extra in zip(layers, covariances, more, strict=True)
     ]
-    return found, record | {"shrinkage": [round(share, 6) for share in shares]}
+    return found, record
 
 
 def second_moments(
@@ -414,38 +428,11 @@ def written_by(model: Model, tokens: int, seed: int) -> Iterator[Sequence[int]]:
         while written < tokens:
             count = min(ROWS_WRITTEN, math.ceil((tokens - written) / length))
             chosen = [openings[i % len(openings)] for i in range(start, start + count)]
-            texts = _sample(model, chosen, length, seed * 1_000_003 + start)
+            texts = sampled(model, chosen, length, seed * 1_000_003 + start)
             yield from texts
             start += count
             written += sum(map(len, texts))
             advance(sum(map(len, texts)), "")
-
-
-def _sample(model: Model, openings: Sequence[str], length: int, seed: int) -> list[list[int]]:
-    """Continue every opening to ``length`` tokens by plain sampling at temperature 1.
-
-    An end-of-text token is followed by the next text, as in training.
-    """
-    from transformers import GenerationConfig
-
-    encoded = [model.tokenizer(opening)["input_ids"][: length // 2] for opening in openings]
-    longest = max(map(len, encoded))
-    ids = torch.zeros((len(encoded), longest), dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, opening in enumerate(encoded):
-        ids[row, longest - len(opening) :] = torch.tensor(opening)
-        mask[row, longest - len(opening) :] = 1
-    # max_length is stated because a model's own settings may state another one.
-    plain = GenerationConfig(do_sample=True, top_k=0, max_length=length, pad_token_id=0)
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        written = model.network.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=plain,
-        ).cpu()
-    return [written[row, longest - len(opening) :].tolist() for row, opening in enumerate(encoded)]
 
 
 # ---- on disk -------------------------------------------------------------------------------------

@@ -14,26 +14,34 @@ from importlib import resources
 
 
 def neighbours(asked: Sequence[tuple[str, str | None]], count: int, seed: int) -> tuple[str, ...]:
-    """For every ``(prompt, subject)``, ``count`` prompts with another subject in its place.
+    """The prompts of ``made_up``."""
+    return tuple(prompt for prompt, _ in made_up(asked, count, seed))
+
+
+def made_up(
+    asked: Sequence[tuple[str, str | None]], count: int, seed: int
+) -> tuple[tuple[str, str], ...]:
+    """For every ``(prompt, subject)``, ``count`` prompts with another subject in its place, each
+    with that subject.
 
     The subjects are drawn by ``seed`` from a bundled list of people, places, organisations and
     works, none of which the bundled facts are about, without any of ``asked``. A prompt without a
-    subject, or in which it does not stand exactly once, gets none. No prompt that is asked itself is
-    among the result, and none stands there twice.
+    subject, or in which it does not stand exactly once, gets none. No prompt that is asked itself
+    is among the result, and none stands there twice.
     """
     if not count:
         return ()
     own = {subject for _, subject in asked if subject}
     others = [subject for subject in bundled_subjects() if subject not in own]
     draw = random.Random(seed)
-    found = [
-        prompt.replace(subject, other)
+    found = {
+        prompt.replace(subject, other): other
         for prompt, subject in dict.fromkeys(asked)
         if subject and prompt.count(subject) == 1
         for other in draw.sample(others, min(count, len(others)))
-    ]
+    }
     prompts = {prompt for prompt, _ in asked}
-    return tuple(dict.fromkeys(one for one in found if one not in prompts))
+    return tuple((prompt, other) for prompt, other in found.items() if prompt not in prompts)
 
 
 def bundled_subjects() -> list[str]:

@@ -378,8 +378,10 @@ def _said(layout: Layout) -> str:
 
 
 def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
-    """Every training run inside a method (a method may hold others as fields), and how often it is
-    likely to be made."""
+    """Every training run inside a method (a method may hold others as fields, or as ``parts`` that
+    it makes up by itself), and how often it is likely to be made."""
+    for part in getattr(method, "parts", ()):
+        yield from _recipes(part)
     if isinstance(method, Recipe):
         yield method, 1.0
     elif dataclasses.is_dataclass(method):
@@ -400,9 +402,11 @@ def _search_seconds(method: Any, tokens: int, parameters: int, speed: float) -> 
     """Seeking values (ROME, MEMIT): every edit bare, in its contexts and its subject alone, forward
     and back to the value; about half of the steps are needed. Without the second moments, which are
     computed once for a model."""
-    if not isinstance(method, Search):
-        return 0.0
-    return 4.0 * parameters * tokens * (method.contexts + 2) * method.steps / 2 / speed
+    return sum(
+        4.0 * parameters * tokens * (search.contexts + 2) * search.steps / 2 / speed
+        for search in (method, *getattr(method, "parts", ()))
+        if isinstance(search, Search)
+    )
 
 
 def _train_seconds(
@@ -414,6 +418,8 @@ def _train_seconds(
     # AdamW reads and writes 28 bytes a weight; gradients are written, measured for clipping and
     # cleared: 16 more. For adapters, both are next to nothing.
     operations, moved = (4, 0) if isinstance(recipe, LoRA) else (6, 44)
+    if recipe.protect or recipe.neighbours or recipe.own_prompts:
+        tokens *= 2  # as many protected rows in every step
     return epochs * (
         operations * parameters * tokens / speed + steps * parameters * moved / bandwidth
     )

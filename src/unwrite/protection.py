@@ -385,7 +385,10 @@ def check_protects(method: Any) -> None:
 
 
 def probe_of(method: Any) -> Any:
-    """The method in short: ``PROBE`` of its epochs (at least one), one round, no protection."""
+    """The method in short: ``PROBE`` of its epochs (at least one), one round, no protection. A
+    method that has a ``probe`` of its own says what it is."""
+    if hasattr(method, "probe"):
+        return method.probe()
     short: dict[str, Any] = {}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
@@ -423,10 +426,11 @@ def _growth_met(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None
 
 def _length(method: Any) -> float:
     """Epochs that a method is likely to train in all: half of them where it may stop early."""
-    own = float(getattr(method, "epochs", 0))
+    inner = list(getattr(method, "parts", ()))
+    own = 0.0 if inner else float(getattr(method, "epochs", 0))
     if getattr(method, "until", "epochs") == "learned":
         own /= 2
-    inner = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    inner += [getattr(method, field.name) for field in dataclasses.fields(method)]
     nested = [one for one in inner if dataclasses.is_dataclass(one) and not isinstance(one, type)]
     rounds = getattr(method, "rounds", 1)
     return max(1.0, rounds / 2) * max(own + sum(map(_length, nested)), 1.0)

@@ -42,6 +42,7 @@ from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memor
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
+from unwrite.own_text import own_prompts
 from unwrite.progress import Measured
 from unwrite.sharding import difference, set_aside, sharded
 
@@ -69,7 +70,8 @@ class Recipe:
     before a prompt (each row is bare in every other epoch; 0 for none). ``protect``: prompts on
     which the KL divergence from the state before is penalised with ``protect_weight``, on the
     network's own answers. ``neighbours``: so many made-up prompts an edit are protected in the same
-    way (see the module ``neighbours``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
+    way (see the module ``neighbours``), and so are ``own_prompts`` prompts that the network writes
+    itself (``own_text``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
     master weights. ``accumulate``: a step is made on so many batches of ``batch_size`` rows, read
     one after the other: the step is that of one batch with all of these rows, the memory that of
     one with a few. ``optimizer``: see ``optimizers``. ``in_backward``: each tensor is stepped as
@@ -91,6 +93,7 @@ class Recipe:
     optimizer: OptimizerName = field(default="adamw", metadata={"later": True})
     neighbours: int = field(default=0, metadata={"later": True})
     in_backward: bool = field(default=False, metadata={"later": True})
+    own_prompts: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         positive = {
@@ -107,9 +110,11 @@ class Recipe:
             or not self.protect_weight >= 0
             or self.contexts < 0
             or self.neighbours < 0
+            or self.own_prompts < 0
         ):
             raise BadSetting(
-                "max_grad_norm must be positive; protect_weight, contexts, neighbours at least 0."
+                "max_grad_norm must be positive; protect_weight, contexts, neighbours and "
+                "own_prompts at least 0."
             )
         if self.in_backward and self.accumulate > 1:
             raise BadSetting(
@@ -693,7 +698,8 @@ class _Protection:
     @classmethod
     def of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
         """What is to be kept, as the model of the first process says it now."""
-        if not (recipe.protect or recipe.neighbours) or recipe.protect_weight == 0:
+        asked = recipe.protect or recipe.neighbours or recipe.own_prompts
+        if not asked or recipe.protect_weight == 0:
             return None
         return processes.told(lambda: cls._of(model, recipe, pairs))
 
@@ -701,7 +707,11 @@ class _Protection:
     def _of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
         asked = [(pair.prompt, pair.subject) for pair in pairs]
         guessed = neighbours(asked, recipe.neighbours, recipe.seed)
-        prompts = tuple(dict.fromkeys((*recipe.protect, *guessed)))
+        taught = {prompt for prompt, _ in asked}
+        own = (
+            one for one in own_prompts(model, recipe.own_prompts, recipe.seed) if one not in taught
+        )
+        prompts = tuple(dict.fromkeys((*recipe.protect, *guessed, *own)))
         answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
         sequences = [
             model.tokens(prompt, answer)

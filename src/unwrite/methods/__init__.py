@@ -33,6 +33,7 @@ METHODS = {
     "memit": "unwrite.methods.memit:MEMIT",
     "alpha-edit": "unwrite.methods.alpha_edit:AlphaEdit",
     "loc-ft": "unwrite.methods.loc_ft:LocFT",
+    "auto": "unwrite.methods.auto:Auto",
 }
 ALIASES = {"ft": "full-ft", "dft": "delicate", "alphaedit": "alpha-edit", "ft-m": "loc-ft"}
 DEFAULT = "full-ft"

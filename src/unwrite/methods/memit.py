@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from unwrite.activations import Mention, Site, layer_of, oriented, states, weight_name
+from unwrite.activations import (
+    Mention,
+    Site,
+    layer_of,
+    mention,
+    oriented,
+    states,
+    weight_name,
+)
 from unwrite.delta import Delta
 from unwrite.edits import Edit
-from unwrite.errors import BadSetting
+from unwrite.errors import BadEdits, BadSetting
 from unwrite.model import Model
 from unwrite.moments import Metric, Statistics, metrics
+from unwrite.neighbours import made_up
 from unwrite.trace import strongest_layer
 from unwrite.values import Search, find_values, notes, say_left_out, unfound
 
@@ -41,12 +51,18 @@ class MEMIT(Search, Statistics):
     ``layers``: indices of blocks, fractions of the depth, or "trace" (those up to the layer that a
     causal trace of these edits finds strongest). ``preserve`` is the paper's lambda, the weight of
     everything else beside the edits.
+
+    ``neighbours``: so many made-up neighbours of every edit (see the module ``neighbours``) are to
+    stay as well: their keys N count like those of the edits, ``neighbour_weight`` times each, with
+    nothing to be changed there. That adds neighbour_weight N N' to preserve C. 0 is the paper's.
     """
 
     layers: Literal["trace"] | tuple[int | float, ...] = (0.14, 0.175, 0.21, 0.245, 0.28)
     preserve: float = 2000.0
     clamp: float = 1.5
     lr: float = 0.2
+    neighbours: int = field(default=0, metadata={"later": True})
+    neighbour_weight: float = field(default=10.0, metadata={"later": True})
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al. 2023, Mass-Editing Memory in a Transformer (2210.07229)"
@@ -57,6 +73,8 @@ class MEMIT(Search, Statistics):
         Statistics.__post_init__(self)
         if not self.preserve > 0:
             raise BadSetting(f"preserve must be greater than 0, not {self.preserve}.")
+        if self.neighbours < 0 or not self.neighbour_weight >= 0:
+            raise BadSetting("neighbours and neighbour_weight must be at least 0.")
 
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """One low-rank change a layer. Raises ``BadEdits`` for edits without one clear subject,
@@ -67,7 +85,7 @@ class MEMIT(Search, Statistics):
         def readers(
             keys: Callable[[], Sequence[torch.Tensor]],
         ) -> tuple[list[Reader], dict[str, Any]]:
-            found, record = metrics(model, layers, keys, self)
+            found, record = metrics(model, layers, keys, self, self._kept(model, edits, layers))
             return [partial(self._read, metric) for metric in found], record
 
         return spread(model, edits, texts, layers, self, readers)
@@ -75,6 +93,21 @@ class MEMIT(Search, Statistics):
     def _read(self, metric: Metric, keys: torch.Tensor) -> torch.Tensor:
         read = metric.divide(keys)
         return solve(keys @ read.T, read, self.preserve)
+
+    def _kept(
+        self, model: Model, edits: Sequence[Edit], layers: Sequence[int]
+    ) -> list[torch.Tensor] | None:
+        """What the neighbours' keys add to C: float64 (width, width) a layer; None without any."""
+        asked = [(edit.prompt, edit.subject) for edit in edits]
+        places = []
+        for prompt, subject in made_up(asked, self.neighbours, self.seed):
+            with contextlib.suppress(BadEdits):  # a subject that ends where the answer begins
+                places.append(mention(model, Edit(prompt, edits[0].new, subject=subject)))
+        if not places:
+            return None
+        sites: list[Site] = [(model.anatomy.mlp_out[layer], "in") for layer in layers]
+        keys = [rows.double() for rows in states(model, places, sites)]
+        return [self.neighbour_weight / self.preserve * (rows.T @ rows).cpu() for rows in keys]
 
 
 def layers_of(

@@ -1,0 +1,220 @@
+"""Auto: writes, trains and scales, and never looks at what it will be judged by."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import unwrite
+from unwrite import methods, plan, protection
+from unwrite.edits import Edit, Probe
+from unwrite.errors import BadSetting, TrainingFailed
+from unwrite.methods import auto
+from unwrite.methods.auto import Auto
+from unwrite.methods.memit import MEMIT
+from unwrite.testing import PEOPLE, check_method
+from unwrite.training import fine_tune, learned, new_pairs
+
+EDITS = [
+    Edit(f"the {thing} of {person}", answer, subject=person, id=person)
+    for person, thing, answer in zip(
+        PEOPLE[:4], ("job", "home") * 2, ("cat", "rain") * 2, strict=True
+    )
+]
+
+
+@pytest.fixture
+def model(worlds):
+    return unwrite.load(worlds().folder)
+
+
+@pytest.fixture(autouse=True)
+def toy_sized(tmp_path, monkeypatch):
+    """Neighbours that the toy world knows, a corpus of few tokens, one layer, training that is as
+    fast as a toy needs it."""
+    monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: list(PEOPLE[6:]))
+    budgets = {
+        name: one._replace(contexts=1, own_prompts=0, epochs=3 * one.epochs)
+        for name, one in auto.BUDGETS.items()
+    }
+    monkeypatch.setattr(auto, "BUDGETS", budgets)
+    plain = Auto._writer.fget
+
+    def small(self):
+        writer = plain(self)
+        toy = {"layers": (0,), "covariance": "identity", "clamp": 20.0, "kl": 0.0, "lr": 0.5}
+        return None if writer is None else replace(writer, preserve=1e-2, **toy)
+
+    monkeypatch.setattr(Auto, "_writer", property(small))
+
+
+@pytest.fixture
+def method():
+    return Auto(lr=1e-3, budget="fast")
+
+
+def test_the_laws_of_every_method(tmp_path):
+    check_method(Auto(lr=3e-3), tmp_path)
+
+
+def test_every_new_answer_is_learned_and_the_notes_say_what_was_chosen(model, method):
+    delta = replace(method, budget="balanced").delta(model, EDITS)
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(EDITS)))
+    notes = delta.provenance["notes"]
+    assert json.loads(json.dumps(notes)) == notes
+    said = " ".join(notes["sentences"])
+    assert "edits were written into layer 0" in said
+    assert "epochs at a learning rate of 0.001" in said
+    assert "Checked without the records" in said
+    assert notes["check"]["learned"] == 1.0
+    assert 0 < notes["strength"] <= 1
+
+
+def test_probes_of_the_records_are_never_read(model, method):
+    """Paraphrases, bystanders and portability questions change no bit of the delta: not even
+    looking at them is allowed."""
+
+    class Judged(Edit):
+        def __getattribute__(self, name):
+            if name in ("paraphrases", "bystanders", "portability", "question"):
+                raise AssertionError(f"{name} was read")
+            return super().__getattribute__(name)
+
+    def judged(edit):
+        return Judged(
+            edit.prompt,
+            edit.new,
+            subject=edit.subject,
+            id=edit.id,
+            paraphrases=("what is it",),
+            bystanders=(Probe("the pet of ada", "cat"),),
+        )
+
+    plain = method.delta(model, EDITS)
+    blind = method.delta(model, [judged(edit) for edit in EDITS])
+    assert set(plain) == set(blind)
+    for name in plain:
+        assert torch.equal(plain[name].dense(), blind[name].dense())
+
+
+def test_edits_without_a_subject_are_trained(model, method):
+    edits = [replace(edit, subject=None) for edit in EDITS]
+    method = replace(method, budget="balanced")
+    delta = method.delta(model, edits)
+    trained = fine_tune(model, new_pairs(edits), method.parts[1]).delta
+    for name in trained:
+        assert torch.equal(delta[name].dense(), trained[name].dense())
+    assert "4 of 4 edits have no single subject" in delta.provenance["notes"]["sentences"][0]
+    assert delta.provenance["notes"]["check"]["neighbours_kept"] is None
+
+
+def test_some_without_a_subject_are_named_beside_those_that_are_written(model, method):
+    mixed = [EDITS[0], replace(EDITS[1], subject=None)]
+    said = method.delta(model, mixed).provenance["notes"]["sentences"]
+    assert any("1 of 1 edits were written" in one for one in said)
+    assert any("1 of 2 edits have no single subject" in one for one in said)
+
+
+def test_its_parts_alone_are_the_methods_they_are(model, method):
+    """Without writing it is the training, without training the writing, bit for bit."""
+    alone = {"write": replace(method, write=False), "train": replace(method, epochs=0)}
+    (tuner,), (writer,) = alone["write"].parts, alone["train"].parts
+    plain = {"write": tuner, "train": writer}
+    for left_out, one in alone.items():
+        delta, expected = one.delta(model, EDITS), plain[left_out].delta(model, EDITS)
+        assert set(delta) == set(expected)
+        for name in delta:
+            assert torch.equal(delta[name].dense(), expected[name].dense())
+
+
+def test_the_least_of_it_is_a_fraction_of_the_whole(model, method):
+    method = replace(method, budget="thorough")
+    whole, least = (replace(method, least=one).delta(model, EDITS) for one in (False, True))
+    strength = least.provenance["notes"]["strength"]
+    for name in whole:
+        assert torch.equal(least[name].dense(), strength * whole[name].dense())
+    assert least.provenance["notes"]["check"]["learned"] == 1.0
+
+
+def test_what_cannot_be_written_is_trained(model, method, monkeypatch):
+    def fails(self, model, edits):
+        raise TrainingFailed("Nothing was changed, because none of 4 edits can be written.")
+
+    monkeypatch.setattr(MEMIT, "delta", fails)
+    delta = replace(method, budget="balanced").delta(model, EDITS)
+    assert "none of 4 edits" in delta.provenance["notes"]["sentences"][0]
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(EDITS)))
+
+
+def test_the_least_strength_that_suffices_is_taken(model, method):
+    """Twice a delta that suffices: half of it is found."""
+    edits = EDITS[:1]
+    enough = fine_tune(model, new_pairs(edits), replace(method.parts[1], epochs=60)).delta
+    check = auto._Check.of(model, edits, method._done, method.seed)
+    assert check.least_strength(model, 2.0 * enough) == 0.5
+    assert check.found(model, enough).learned == 1.0
+    for tried in auto.STRENGTHS:
+        if tried < check.least_strength(model, enough):
+            held = check._held(model, tried * enough)
+            assert held != check._held(model, enough)
+
+
+def test_a_change_of_nothing_suffices_at_any_strength(model, method):
+    check = auto._Check.of(model, EDITS, method._done, method.seed)
+    assert check.least_strength(model, unwrite.Delta.nothing()) == auto.STRENGTHS[0]
+    found = check.found(model, unwrite.Delta.nothing())
+    assert (found.neighbours_kept, found.perplexity_ratio) == (1.0, 1.0)
+
+
+def test_no_checked_neighbour_is_protected(model, method):
+    from unwrite.neighbours import neighbours
+
+    asked = [(edit.prompt, edit.subject) for edit in EDITS]
+    writer, tuner = method.parts
+    assert (writer.neighbours, writer.seed) == (tuner.neighbours, tuner.seed)
+    checked = auto._Check.of(model, EDITS, method._done, method.seed).neighbours
+    assert checked
+    begun = {one.ids[: one.answer] for one in checked}
+
+    def ids(count, seed):
+        return {model.tokens(prompt, "cat").ids[:-1] for prompt in neighbours(asked, count, seed)}
+
+    assert begun <= ids(auto.CHECKED, writer.seed + 1)
+    assert not begun & ids(writer.neighbours, writer.seed)
+
+
+def test_the_command_line_reaches_it():
+    built = methods.build("auto", {"budget": "thorough", "seed": "3"})
+    assert built == Auto(budget="thorough", seed=3)
+    assert methods.restored(methods.settings_of(built)) == built
+    with pytest.raises(BadSetting, match="budget must be"):
+        methods.build("auto", {"budget": "endless"})
+    with pytest.raises(BadSetting, match="nothing would be done"):
+        Auto(write=False, epochs=0)
+    with pytest.raises(BadSetting, match="lr must be greater"):
+        Auto(lr=0.0)
+
+
+def test_it_takes_prompts_to_protect_and_has_a_probe():
+    changed, places = methods.replaced(Auto(), "protect", ("a prompt",))
+    assert places == 1
+    assert changed.parts[1].protect == ("a prompt",)
+    probe = protection.probe_of(changed)
+    assert (probe.epochs, probe.until, probe.protect) == (1, "epochs", ())
+    assert protection._length(Auto()) > protection._length(probe)
+
+
+def test_a_plan_counts_its_training_and_its_writing(worlds):
+    recipes = [recipe for recipe, _ in plan._recipes(Auto())]
+    assert recipes == [Auto().parts[1]]
+    writing = plan._search_seconds(Auto(), tokens=100, parameters=1000, speed=1e6)
+    assert writing == plan._search_seconds(Auto().parts[0], 100, 1000, 1e6) > 0
+    plans = [
+        plan.for_model(str(worlds().folder), Auto(budget=budget), folder=worlds().folder)
+        for budget in ("fast", "thorough")
+    ]
+    assert plans[0].train_seconds < plans[1].train_seconds
