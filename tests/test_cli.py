@@ -204,6 +204,27 @@ def test_update_gives_every_promised_field(home, edits):
     assert environment["command"]
 
 
+def test_a_budget_means_the_method_auto(home, edits):
+    plan = run_json("update", home, edits, "--dry-run", "--budget", "fast", "--limit", 3)
+    longer = run_json("update", home, edits, "--dry-run", "--budget", "thorough", "--limit", 3)
+    assert plan["method"] == longer["method"] == "auto"
+    assert plan["train_seconds"] < longer["train_seconds"]
+    assert "auto.budget must be 'fast' or" in refused("update", home, edits, "--budget", "endless")
+    words = ("update", home, edits, "--budget", "fast", "--method", "full-ft")
+    assert "no field 'budget'" in refused(*words)
+
+
+def test_auto_says_what_it_chose_and_show_says_it_again(home, edits, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path / "cache"))
+    words = ("update", home, edits, "--budget", "fast", "--limit", 3, "--set", "lr=1e-3")
+    done = run_json(*words)
+    assert done["committed"]
+    shown = run_json("show", home, done["id"])
+    assert "3 edits" in " ".join(shown["notes"]["sentences"])
+    assert shown["notes"]["budget"] == "fast"
+    assert "Checked without the records' own probes" in run("show", home, done["id"]).stderr
+
+
 def test_a_dry_run_changes_nothing(home, edits, tmp_path, snapshot, worlds):
     before = snapshot(home)
     plan = run_json("update", home, edits, "--dry-run", "--limit", 3)

@@ -139,6 +139,10 @@ def update(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Time for method 'auto', which it stands for: fast, balanced, thorough."),
+    ] = None,
     base: Base = None,
     limit: Limit = None,
     offset: Offset = 0,
@@ -174,7 +178,9 @@ def update(
         from unwrite.prompts import read_protected
         from unwrite.requirements import parse
 
-        chosen = methods.build(method or methods.DEFAULT, _pairs(settings or []))
+        given = _pairs(settings or []) | ({} if budget is None else {"budget": budget})
+        default = methods.DEFAULT if budget is None else "auto"
+        chosen = methods.build(method or default, given)
         parse(require or [])
         protected = read_protected(protect) if protect is not None else ()
         facts = _read(edits, limit, offset, out)  # before a home is made: bad edits leave nothing
