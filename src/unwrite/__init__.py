@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unwrite.edits import Edit, Probe, read_edits, read_pairs, write_edits
     from unwrite.errors import RequirementNotMet, UnwriteError
     from unwrite.home import Home
+    from unwrite.methods.auto import Auto
     from unwrite.methods.constrained_ft import ConstrainedFT
     from unwrite.methods.delicate import Delicate
     from unwrite.methods.f_learning import FLearning
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from unwrite.weights import Weights
 
 _WHERE = {
+    "Auto": "methods.auto",
     "Comparison": "comparison",
     "ConstrainedFT": "methods.constrained_ft",
     "Delicate": "methods.delicate",
@@ -60,6 +62,7 @@ _WHERE = {
 __all__ = [
     "MEMIT",
     "ROME",
+    "Auto",
     "Comparison",
     "ConstrainedFT",
     "Delicate",
