@@ -208,6 +208,18 @@ def test_it_takes_prompts_to_protect_and_has_a_probe():
     assert protection._length(Auto()) > protection._length(probe)
 
 
+def test_a_home_keeps_what_earlier_updates_taught(tmp_path, worlds, method):
+    home = unwrite.open(tmp_path / "home", base=str(worlds().folder))
+    first = home.update(EDITS[:2], unwrite.FullFT(lr=1e-3))
+    gone = home.update(EDITS[2:3], unwrite.FullFT(lr=1e-3))
+    home.undo(gone.id)
+    second = home.update([EDITS[3], replace(EDITS[1], new="oslum")], method)
+    assert second.method["protect"] == [EDITS[0].prompt]
+    assert home.update(EDITS[2:3], replace(method, keep_earlier=False)).method["protect"] == []
+    assert first.method.get("protect") == []
+    assert home.verify() == []
+
+
 def test_a_plan_counts_its_training_and_its_writing(worlds):
     recipes = [recipe for recipe, _ in plan._recipes(Auto())]
     assert recipes == [Auto().parts[1]]

@@ -107,3 +107,14 @@ def test_none_are_the_plain_training_bit_for_bit(model, of_a_toy):
 def test_a_negative_number_is_refused():
     with pytest.raises(BadSetting, match="neighbours and own_prompts at least 0"):
         Recipe(neighbours=-1)
+
+
+def test_an_answer_that_cannot_be_read_again_is_not_kept(model, of_a_toy, monkeypatch):
+    """A toy that says "cat" eight times writes "catcat...", which its tokenizer does not know."""
+    recipe = Recipe(epochs=1, until="epochs", lr=1e-3)
+    plain = fine_tune(model, new_pairs(of_a_toy), recipe).delta
+    said = "cat" * 8
+    monkeypatch.setattr(type(model), "generate", lambda _model, prompts, _n: [said] * len(prompts))
+    kept = replace(recipe, protect=("the job of",))
+    for name, change in fine_tune(model, new_pairs(of_a_toy), kept).delta.items():
+        assert change.dense().equal(plain[name].dense())

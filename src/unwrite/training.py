@@ -713,11 +713,12 @@ class _Protection:
         )
         prompts = tuple(dict.fromkeys((*recipe.protect, *guessed, *own)))
         answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
-        sequences = [
-            model.tokens(prompt, answer)
-            for prompt, answer in zip(prompts, answers, strict=True)
-            if answer.strip()  # the network ends the text at once: there is nothing to keep
-        ]
+        sequences = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            # There is nothing to keep where the network ends the text at once, or where what it
+            # says cannot be read again as tokens.
+            with contextlib.suppress(BadEdits):
+                sequences += [model.tokens(prompt, answer)] if answer.strip() else []
         if not sequences:
             return None
         kept: dict[int, torch.Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -61,6 +62,8 @@ class Auto:
     gains in neighbours it costs in wordings (docs/results.md). Paraphrases and bystanders are never
     read: the notes say what the check found on prompts made from the edits alone.
 
+    In a home, ``keep_earlier`` protects what live updates taught as well.
+
     Memory: that of full fine-tuning.
     """
 
@@ -74,6 +77,7 @@ class Auto:
     lr: float = 3e-5
     protect_weight: float = 10.0
     least: bool = False
+    keep_earlier: bool = True
     batch_size: int = 8
     seed: int = 0
 
@@ -236,11 +240,15 @@ class _Check:
         others = neighbours(asked, CHECKED, seed + 1)
         prompts = [one for one in others if one not in protected]
         said = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
+        kept = []
+        for prompt, answer in zip(prompts, said, strict=True):
+            with contextlib.suppress(BadEdits):  # what cannot be read again as tokens
+                kept += [model.tokens(prompt, answer)] if answer.strip() else []
         text = " ".join(neutral_text().split()[:WORDS_READ])
         return cls(
             [model.tokens(pair.prompt, pair.answer) for pair in pairs],
             [_behind(model, sentence, pair) for pair in pairs for sentence in unseen],
-            [model.tokens(*one) for one in zip(prompts, said, strict=True) if one[1].strip()],
+            kept,
             perplexity(model, text),
             text,
         )
