@@ -130,6 +130,12 @@ def test_its_parts_alone_are_the_methods_they_are(model, method):
             assert torch.equal(delta[name].dense(), expected[name].dense())
 
 
+def test_what_can_neither_be_written_nor_trained_is_an_error(model, method):
+    edits = [replace(edit, subject=None) for edit in EDITS]
+    with pytest.raises(TrainingFailed, match="epochs=0 nothing is trained"):
+        replace(method, epochs=0).delta(model, edits)
+
+
 def test_the_least_of_it_is_a_fraction_of_the_whole(model, method):
     method = replace(method, budget="thorough")
     whole, least = (replace(method, least=one).delta(model, EDITS) for one in (False, True))
@@ -154,7 +160,7 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
     """Twice a delta that suffices: half of it is found."""
     edits = EDITS[:1]
     enough = fine_tune(model, new_pairs(edits), replace(method.parts[1], epochs=60)).delta
-    check = auto._Check.of(model, edits, method._done, method.seed)
+    check = auto._Check.of(model, edits, method._amounts, method.seed)
     assert check.least_strength(model, 2.0 * enough) == 0.5
     assert check.found(model, enough).learned == 1.0
     for tried in auto.STRENGTHS:
@@ -164,7 +170,7 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
 
 
 def test_a_change_of_nothing_suffices_at_any_strength(model, method):
-    check = auto._Check.of(model, EDITS, method._done, method.seed)
+    check = auto._Check.of(model, EDITS, method._amounts, method.seed)
     assert check.least_strength(model, unwrite.Delta.nothing()) == auto.STRENGTHS[0]
     found = check.found(model, unwrite.Delta.nothing())
     assert (found.neighbours_kept, found.perplexity_ratio) == (1.0, 1.0)
@@ -176,7 +182,7 @@ def test_no_checked_neighbour_is_protected(model, method):
     asked = [(edit.prompt, edit.subject) for edit in EDITS]
     writer, tuner = method.parts
     assert (writer.neighbours, writer.seed) == (tuner.neighbours, tuner.seed)
-    checked = auto._Check.of(model, EDITS, method._done, method.seed).neighbours
+    checked = auto._Check.of(model, EDITS, method._amounts, method.seed).neighbours
     assert checked
     begun = {one.ids[: one.answer] for one in checked}
 

@@ -43,11 +43,11 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Auto:
-    """Write, train under protection, and keep the least of it that suffices.
+    """Write at subjects, train under protection, and check without the records' own probes.
 
     1. Edits whose subject stands once in the prompt are written at that subject into the MLPs of
        some layers (``MEMIT``), while made-up neighbours stay. That carries over to other wordings
-       as training does not, and is all that ``where to train`` decides.
+       as training does not.
     2. All weights are trained (``FullFT``) from there until every new answer is right, with the
        model's answers *before the update* to ``protect``, to made-up neighbours and to prompts of
        its own held fast: training repairs what the writing moved, learns what could not be written
@@ -88,7 +88,7 @@ class Auto:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise BadSetting(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}.")
-        if not (self.write or self._done.epochs):
+        if not (self.write or self._amounts.epochs):
             raise BadSetting("With write=False and epochs=0 nothing would be done.")
         self.parts  # noqa: B018 -- refuses what they refuse
 
@@ -98,7 +98,7 @@ class Auto:
         return tuple(one for one in (self._writer, self._tuner) if one is not None)
 
     @property
-    def _done(self) -> _Budget:
+    def _amounts(self) -> _Budget:
         given = {
             name: value
             for name in ("neighbours", "own_prompts", "epochs")
@@ -111,24 +111,24 @@ class Auto:
         if not self.write:
             return None
         return MEMIT(
-            contexts=self._done.contexts,
+            contexts=self._amounts.contexts,
             preserve=self.preserve,
-            neighbours=self._done.neighbours,
+            neighbours=self._amounts.neighbours,
             seed=self.seed,
         )
 
     @property
     def _tuner(self) -> FullFT | None:
-        if not self._done.epochs:
+        if not self._amounts.epochs:
             return None
         return FullFT(
-            epochs=self._done.epochs,
+            epochs=self._amounts.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
             protect=self.protect,
             protect_weight=self.protect_weight,
-            neighbours=self._done.neighbours,
-            own_prompts=self._done.own_prompts,
+            neighbours=self._amounts.neighbours,
+            own_prompts=self._amounts.own_prompts,
             seed=self.seed,
         )
 
@@ -139,15 +139,18 @@ class Auto:
         )
 
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
-        """Raises what fine-tuning raises. The notes say what was chosen, why, and what it did."""
-        check = _Check.of(model, edits, self._done, self.seed)
+        """Raises what fine-tuning raises, and ``TrainingFailed`` where nothing can be written and
+        nothing is to be trained. The notes say what was chosen, why, and what it did."""
+        check = _Check.of(model, edits, self._amounts, self.seed)
         total, said = _written(model, edits, self._writer)
-        notes: dict[str, Any] = {"budget": self.budget, **self._done._asdict()}
+        notes: dict[str, Any] = {"budget": self.budget, **self._amounts._asdict()}
         if self._tuner is not None:
             trained = self._tuner.train(model, new_pairs(edits), start=total)
             total = total + trained.delta
             said.append(_told(trained, self._tuner))
             notes |= {"epochs_trained": trained.epochs, "learned": trained.learned}
+        elif not len(total):
+            raise TrainingFailed(f"{said[0]} With epochs=0 nothing is trained: leave that out.")
         total = total.in_memory()
         strength = check.least_strength(model, total) if self.least else 1.0
         if strength < 1:
@@ -169,7 +172,7 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
         return Delta.nothing(), []
     writable = [edit for edit in edits if _has_a_place(model, edit)]
     left = len(edits) - len(writable)
-    rest = f"{left} of {len(edits)} edits have no single subject in their prompt and were trained."
+    rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
         return Delta.nothing(), [rest]
     try:
@@ -232,11 +235,11 @@ class _Check:
     text: str = field(repr=False)
 
     @classmethod
-    def of(cls, model: Model, edits: Sequence[Edit], done: _Budget, seed: int) -> _Check:
-        unseen = neutral_contexts(done.contexts + REWORDINGS)[done.contexts :]
+    def of(cls, model: Model, edits: Sequence[Edit], amounts: _Budget, seed: int) -> _Check:
+        unseen = neutral_contexts(amounts.contexts + REWORDINGS)[amounts.contexts :]
         pairs = new_pairs(edits)
         asked = [(edit.prompt, edit.subject) for edit in edits]
-        protected = set(neighbours(asked, done.neighbours, seed))
+        protected = set(neighbours(asked, amounts.neighbours, seed))
         others = neighbours(asked, CHECKED, seed + 1)
         prompts = [one for one in others if one not in protected]
         said = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
