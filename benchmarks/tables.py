@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import harmonic_mean, mean, median
 from typing import Any
 
-from benchmarks import paper_blocks
+from benchmarks import auto_tables, paper_blocks
 from benchmarks.measure import RESULTS as MEASURED
 from benchmarks.measure import committed
 from benchmarks.scale_tables import blocks
@@ -71,6 +71,7 @@ def pages() -> dict[Path, str]:
             "protection": protection(),
             "stop": stop(),
             **paper_blocks.blocks(),
+            **auto_tables.blocks(),
         },
         SCALE: blocks(),
         TRUST: {"campaigns": campaigns()},

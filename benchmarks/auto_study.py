@@ -1,0 +1,186 @@
+"""What ``auto`` and each of its ingredients are worth: development split to choose, test to report.
+
+    python -m benchmarks.auto_study --data ../shared/data [--split test --facts 100 --seeds 3]
+
+SmolLM2-135M. Kinds of facts: CounterFact and zsRE records whose old answers are planted first
+(three epochs of fine-tuning), CounterFact records that the model truly knows, and known facts of
+the atlas; drawn by seed from the development split (CounterFact 0-499, zsRE 0-199, even places of
+the atlas) or from the test split (the rest). Token form. Finished runs are kept beside the result
+and not repeated; ``--summary`` only writes the result.
+
+``protected_probes`` counts the probes that scores are taken on and that happen to be among the
+prompts that ``auto`` makes up to protect: it should be next to nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.full_ft_defaults import forced, sample
+from benchmarks.measure import RESULTS, write
+from benchmarks.method_defaults import PLANTING, SHOWN, harmonic
+from unwrite import Edit, load, methods, read_edits
+from unwrite.methods.auto import Auto
+from unwrite.methods.probes import run
+from unwrite.model import Model
+from unwrite.neighbours import neighbours
+from unwrite.observe import neutral_text, perplexity, questions, settle
+from unwrite.scores import score
+from unwrite.training import Pair
+
+RUNS = RESULTS / "auto_study.jsonl"
+FILES = {
+    "counterfact": ("counterfact_easyedit_2000.json", 500),
+    "known-counterfact": ("counterfact_easyedit_2000.json", 500),
+    "zsre": ("zsre_mend_eval_700.json", 200),
+}
+VARIANTS: dict[str, dict[str, str]] = {
+    "full-ft": {"method": "full-ft"},
+    "memit": {"method": "memit"},
+    "auto": {"method": "auto"},
+    "auto, fast": {"method": "auto", "budget": "fast"},
+    "auto without training": {"method": "auto", "epochs": "0"},
+    "auto without writing": {"method": "auto", "write": "false"},
+    "auto without neighbours": {"method": "auto", "neighbours": "0"},
+    "auto without prompts of its own": {"method": "auto", "own_prompts": "0"},
+    "auto, the least that suffices": {"method": "auto", "least": "true"},
+}
+REPORTED = ("full-ft", "memit", "auto, fast", "auto")
+
+
+def main() -> None:
+    """Run what is missing and write the summary."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data slices")
+    parser.add_argument("--split", choices=("development", "test"), default="development")
+    parser.add_argument("--kinds", default="counterfact,zsre", help=f"of atlas, {', '.join(FILES)}")
+    parser.add_argument("--only", help="variants, by semicolon; those of the split by default")
+    parser.add_argument("--facts", type=int, default=60)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--summary", action="store_true", help="only write the summary")
+    options = parser.parse_args()
+    if not options.summary:
+        model = load("smollm2-135m")
+        for seed in range(options.seeds):
+            for kind in options.kinds.split(","):
+                run_missing(model, kind, seed, options)
+    write("auto_study", {"tables": summary(list(lines()))})
+
+
+def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace) -> None:
+    """All variants that are not there yet, on one draw of facts."""
+    chosen = REPORTED if options.split == "test" else tuple(VARIANTS)
+    wanted = tuple(options.only.split(";")) if options.only else chosen
+    key = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
+    there = {one["variant"] for one in lines() if key.items() <= one.items()}
+    missing = [name for name in wanted if name not in there]
+    if not missing:
+        return
+    edits = drawn(model, kind, options, seed)
+    start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in edits]).delta.in_memory()
+    if kind in ("atlas", "known-counterfact"):
+        start = 0.0 * start
+    text = " ".join(neutral_text().split()[:600])
+    with model.shifted(start):
+        probes = [one for one in settle(model, questions(edits)) if one.role in SHOWN]
+        before, read = forced(model, probes), perplexity(model, text)
+        for name in missing:
+            settings = dict(VARIANTS[name])
+            method, _ = methods.replaced(
+                methods.build(settings.pop("method"), settings), "seed", seed
+            )
+            started = time.perf_counter()
+            delta = method.delta(model, edits)
+            seconds = time.perf_counter() - started
+            with model.shifted(delta):
+                scores = score(before, forced(model, probes))
+                ratio = perplexity(model, text) / read
+            keep(
+                key
+                | {
+                    "variant": name,
+                    "token": {role: scores[role].token for role in SHOWN},
+                    "n": {role: scores[role].n for role in SHOWN},
+                    "perplexity_ratio": ratio,
+                    "seconds": seconds,
+                    "protected_probes": overlap(method, edits, [one.prompt for one in probes]),
+                    "notes": delta.provenance.get("notes", {}).get("sentences", []),
+                }
+            )
+
+
+def drawn(model: Model, kind: str, options: argparse.Namespace, seed: int) -> list[Edit]:
+    """Facts of one kind, drawn by seed from one split."""
+    test = options.split == "test"
+    if kind == "atlas":
+        known = list(read_edits("atlas", known_to=model))
+        return sample(known[1::2] if test else known[0::2], options.facts, seed)
+    file, first = FILES[kind]
+    knows = {"known_to": model} if kind == "known-counterfact" else {}
+    where = {"offset": first} if test else {"limit": first}
+    return sample(read_edits(options.data / file, **where, **knows), options.facts, seed)
+
+
+def overlap(method: Any, edits: Sequence[Edit], probes: Sequence[str]) -> int:
+    """How many prompts that are scored are among the neighbours that the method makes up."""
+    if not isinstance(method, Auto):
+        return 0
+    asked = [(edit.prompt, edit.subject) for edit in edits]
+    kept = {one for part in method.parts for one in neighbours(asked, part.neighbours, part.seed)}
+    return len(kept & set(probes))
+
+
+def keep(line: Mapping[str, Any]) -> None:
+    """Add a finished run to ``RUNS``."""
+    print(json.dumps(line), flush=True)
+    with RUNS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lines() -> Iterator[dict[str, Any]]:
+    """The runs so far."""
+    if RUNS.exists():
+        yield from (json.loads(line) for line in RUNS.read_text("utf-8").splitlines())
+
+
+def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per split, kind and number of facts: a row a variant, with the spread over seeds."""
+    tables = []
+    for split, kind, facts in dict.fromkeys((r["split"], r["kind"], r["facts"]) for r in runs):
+        here = [r for r in runs if (r["split"], r["kind"], r["facts"]) == (split, kind, facts)]
+        rows = [
+            row(name, [one for one in here if one["variant"] == name])
+            for name in VARIANTS
+            if any(one["variant"] == name for one in here)
+        ]
+        tables.append({"split": split, "kind": kind, "facts": facts, "rows": rows})
+    return tables
+
+
+def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, and the least and greatest harmonic mean."""
+    means = [harmonic(one["token"]) for one in runs]
+    return {
+        "variant": name,
+        "seeds": len(runs),
+        **{role: statistics.mean(one["token"][role] for one in runs) for role in SHOWN},
+        "harmonic_mean": statistics.mean(means),
+        "lowest": min(means),
+        "highest": max(means),
+        "perplexity_ratio": statistics.mean(one["perplexity_ratio"] for one in runs),
+        "seconds": statistics.mean(one["seconds"] for one in runs),
+        "protected_probes": sum(one["protected_probes"] for one in runs),
+    }
+
+
+if __name__ == "__main__":
+    main()

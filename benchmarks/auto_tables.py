@@ -1,0 +1,53 @@
+"""Tables of ``auto`` in docs/results.md from the committed result; see ``benchmarks.tables``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.measure import RESULTS, committed
+
+KINDS = {
+    "counterfact": "CounterFact, planted",
+    "zsre": "zsRE, planted",
+    "known-counterfact": "CounterFact, known to the model",
+    "atlas": "atlas, known to the model",
+}
+SHOWN = ("reliability", "generality", "locality", "old_recall")
+
+
+def blocks() -> dict[str, list[str]]:
+    """Lines by block; a split that was not measured leaves a sentence that says so."""
+    there = (RESULTS / "auto_study.json").exists()
+    tables = committed("auto_study")["tables"] if there else []
+    return {f"auto, {split}": lines(tables, split) for split in ("test", "development")}
+
+
+def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
+    """One table over all kinds of facts of a split."""
+    chosen = [one for one in tables if one["split"] == split]
+    if not chosen:
+        return ["*Not measured yet.*"]
+    found = [
+        "| facts | method | seeds | reliability | generality | locality | old recall | "
+        "harmonic mean | perplexity | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for table in chosen:
+        plain = next((one for one in table["rows"] if one["variant"] == "full-ft"), None)
+        for one in table["rows"]:
+            spread = (
+                f" ({100 * one['lowest']:.1f} to {100 * one['highest']:.1f})"
+                if one["seeds"] > 1
+                else ""
+            )
+            cells = (
+                f"{table['facts']} {KINDS[table['kind']]}",
+                one["variant"],
+                str(one["seeds"]),
+                *(f"{100 * one[role]:.1f}" for role in SHOWN),
+                f"{100 * one['harmonic_mean']:.1f}{spread}",
+                f"x {one['perplexity_ratio']:.2f}",
+                f"x {one['seconds'] / plain['seconds']:.1f}" if plain else "",
+            )
+            found.append(f"| {' | '.join(cells)} |")
+    return found

@@ -1,0 +1,69 @@
+"""The study of ``auto``: resumable, right in its arithmetic, and it tells of probes it protects."""
+
+import json
+from argparse import Namespace
+from dataclasses import replace
+
+import pytest
+
+import unwrite
+from benchmarks import auto_study, auto_tables
+from unwrite import Edit, FullFT
+from unwrite.edits import Probe
+from unwrite.methods.auto import Auto
+from unwrite.neighbours import bundled_subjects
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch, worlds):
+    monkeypatch.setattr(auto_study, "RUNS", tmp_path / "runs.jsonl")
+    monkeypatch.setattr(auto_study, "drawn", lambda *_: list(worlds().edits[:3]))
+    monkeypatch.setattr(auto_study, "PLANTING", FullFT(epochs=1, until="epochs", lr=1e-4))
+    variants = {
+        "full-ft": {"method": "full-ft", "epochs": "2"},
+        "auto": {"method": "auto", "write": "false", "own_prompts": "0", "epochs": "2"},
+    }
+    monkeypatch.setattr(auto_study, "VARIANTS", variants)
+    return Namespace(split="development", facts=3, only=None)
+
+
+def test_finished_runs_are_not_repeated(options, worlds):
+    model = unwrite.load(worlds().folder)
+    options.only = "full-ft"
+    auto_study.run_missing(model, "counterfact", 0, options)
+    (first,) = auto_study.lines()
+    options.only = None
+    auto_study.run_missing(model, "counterfact", 0, options)
+    auto_study.run_missing(model, "counterfact", 0, options)
+    runs = list(auto_study.lines())
+    assert runs[0] == first
+    assert [run["variant"] for run in runs] == ["full-ft", "auto"]
+    (table,) = auto_study.summary(runs)
+    assert [row["variant"] for row in table["rows"]] == ["full-ft", "auto"]
+    lines = auto_tables.lines([table], "development")
+    assert len(lines) == 2 + 2
+    assert lines[2].endswith("| x 1.0 |")
+    assert auto_tables.lines([table], "test") == ["*Not measured yet.*"]
+
+
+def test_a_row_is_the_mean_over_seeds_with_its_spread():
+    def run(low):
+        token = dict.fromkeys(("reliability", "generality", "old_recall"), 1.0) | {"locality": low}
+        return {"token": token, "perplexity_ratio": 1.0, "seconds": 2.0, "protected_probes": 1}
+
+    row = auto_study.row("auto", [run(1.0), run(0.5)])
+    assert (row["locality"], row["seeds"], row["protected_probes"]) == (0.75, 2, 2)
+    assert (row["lowest"], row["highest"]) == (pytest.approx(0.75), 1.0)
+    assert row["harmonic_mean"] == pytest.approx(0.875)
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_probes_that_are_protected_are_counted():
+    edit = Edit("The home of Ada Blau is", "Rome", subject="Ada Blau")
+    every = [f"The home of {subject} is" for subject in bundled_subjects()]
+    method = Auto(budget="fast")
+    assert auto_study.overlap(method, [edit], every) == method.parts[0].neighbours
+    assert auto_study.overlap(method, [edit], ["The home of Ada Blau is"]) == 0
+    assert auto_study.overlap(FullFT(neighbours=9), [edit], every) == 0
+    judged = replace(edit, bystanders=(Probe(every[0]),))
+    assert auto_study.overlap(method, [judged], every) == method.parts[0].neighbours
