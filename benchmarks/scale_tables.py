@@ -74,18 +74,29 @@ def paper(result: dict[str, Any]) -> list[str]:
 def pair(result: dict[str, Any]) -> list[str]:
     """Two processes against one, and against two that know nothing of each other."""
     lines = [
-        "| rows of a step | two processes are faster | two apart, half the rows each | losses |",
-        "| --- | --- | --- | --- |",
+        "| rows of a step | from the third step on | at most | two apart | whole call | losses |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for batch, one in result["batches"].items():
-        faster, apart = one["times_faster"], one["times_faster_apart"]
+        shown = [
+            f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+            for ratio in (
+                one["steady_times_faster"],
+                one["steady_times_faster_at_most"],
+                one["steady_times_faster_apart"],
+                one["times_faster"],
+            )
+        ]
         lines.append(
-            f"| {batch} | {faster['median']:.2f}x ({faster['min']:.2f} to {faster['max']:.2f}) | "
-            f"{apart['median']:.2f}x ({apart['min']:.2f} to {apart['max']:.2f}) | "
+            f"| {batch} | {' | '.join(shown)} | "
             f"differ by {one['largest_relative_difference_of_losses']:.0e} of themselves |"
         )
-    how = f"Fine-tuning {result['base']}, each process pinned to one core; the goal is "
-    return [*lines, "", f"{how}{result['goal']}x."]
+    how = (
+        f"{result['base']}, {result['steps']} steps; how many times faster than one; "
+        "each process pinned to one core. *At most*: steps of two apart and the bare exchange of "
+        "all gradients."
+    )
+    return [*lines, "", f"{how} The goal is {result['goal']}x."]
 
 
 def ray(result: dict[str, Any]) -> list[str]:
