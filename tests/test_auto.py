@@ -214,6 +214,17 @@ def test_it_takes_prompts_to_protect_and_has_a_probe():
     assert protection._length(Auto()) > protection._length(probe)
 
 
+def test_a_prompt_too_long_for_a_sentence_before_it_is_trained(model, method, monkeypatch):
+    """The check and the writing put sentences before prompts; where one is too many, the edit is
+    trained all the same."""
+    contexts = " ".join(["the job of ada"] * (model.context_length // 4))
+    monkeypatch.setattr(auto, "neutral_contexts", lambda count: [contexts] * count)
+    delta = replace(method, budget="balanced").delta(model, EDITS)
+    notes = delta.provenance["notes"]
+    assert "4 of 4 edits have no single subject" in notes["sentences"][0]
+    assert (notes["check"]["learned"], notes["check"]["reworded"]) == (1.0, None)
+
+
 def test_a_home_keeps_what_earlier_updates_taught(tmp_path, worlds, method):
     home = unwrite.open(tmp_path / "home", base=str(worlds().folder))
     first = home.update(EDITS[:2], unwrite.FullFT(lr=1e-3))
@@ -231,8 +242,12 @@ def test_a_plan_counts_its_training_and_its_writing(worlds):
     assert recipes == [Auto().parts[1]]
     writing = plan._search_seconds(Auto(), tokens=100, parameters=1000, speed=1e6)
     assert writing == plan._search_seconds(Auto().parts[0], 100, 1000, 1e6) > 0
+    assert plan._search_seconds(unwrite.FullFT(), 100, 1000, 1e6) == 0
     plans = [
         plan.for_model(str(worlds().folder), Auto(budget=budget), folder=worlds().folder)
         for budget in ("fast", "thorough")
     ]
     assert plans[0].train_seconds < plans[1].train_seconds
+    kept = [one.parts["protected answers"] for one in plans]
+    made_up = [auto.BUDGETS[budget].neighbours for budget in ("fast", "thorough")]
+    assert kept[0] / made_up[0] == kept[1] / made_up[1] > 0

@@ -34,7 +34,7 @@ from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
-from unwrite.training import Recipe
+from unwrite.training import ANSWER_TOKENS_PROTECTED, Recipe
 from unwrite.values import Search
 
 BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
@@ -146,7 +146,7 @@ def for_model(
     train += _search_seconds(method, tokens, parameters, speed)
     train /= layout.processes
     full = any(_trains_all(one) for one, _ in recipes)
-    shape = _Shape(network, Anatomy.of(network), longest, probe_tokens)
+    shape = _Shape(network, Anatomy.of(network), longest, probe_tokens, count)
     needs = shape.needs(method, layout)
     disk = parameters * 4 if full else parameters // 100
     # Probes wait in scratch files, and so do what comes together from shards, and the weights
@@ -269,12 +269,13 @@ class _Needs:
 @dataclass(frozen=True)
 class _Shape:
     """A network without numbers; the longest row to learn: its tokens, and its answer's; the tokens
-    of all that is asked."""
+    of all that is asked; how many edits there are."""
 
     network: Any
     anatomy: Anatomy
     longest: tuple[int, int]
     asked: int
+    edits: int
 
     def needs(self, method: Any, layout: Layout) -> _Needs:
         """The most that any training run inside the method needs, or asking questions does."""
@@ -308,7 +309,17 @@ class _Shape:
             adapter_weights=self._adapters(recipe) if isinstance(recipe, LoRA) else 0,
             in_backward=recipe.in_backward,
         )
-        return footprint.training(self.network, self.anatomy, work, layout)
+        found = footprint.training(self.network, self.anatomy, work, layout)
+        if kept := self._protected(recipe):
+            found.parts["protected answers"] = kept
+            found.where["protected answers"] = "host"
+        return found
+
+    def _protected(self, recipe: Recipe) -> int:
+        """Bytes of the distributions that protected prompts are to keep, at their longest."""
+        prompts = len(recipe.protect) + recipe.neighbours * self.edits + recipe.own_prompts
+        vocabulary = self.network.get_output_embeddings().weight.shape[0]
+        return int(prompts * ANSWER_TOKENS_PROTECTED * vocabulary * footprint.FP32)
 
     def _trained(self, recipe: Recipe) -> set[str]:
         names = {name for name, _ in self.network.named_parameters()}

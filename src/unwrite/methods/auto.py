@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from unwrite.activations import mention
+from unwrite.activations import mentions
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
@@ -16,7 +16,7 @@ from unwrite.methods.memit import MEMIT
 from unwrite.model import Model, Tokens
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
-from unwrite.training import ANSWER_TOKENS_PROTECTED, Pair, Trained, neutral_contexts, new_pairs
+from unwrite.training import ANSWER_TOKENS_PROTECTED, Trained, neutral_contexts, new_pairs
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
@@ -64,7 +64,8 @@ class Auto:
 
     In a home, ``keep_earlier`` protects what live updates taught as well.
 
-    Memory: that of full fine-tuning.
+    Memory: that of full fine-tuning, and 4 bytes x vocabulary for each of the up to eight answer
+    tokens of every protected prompt.
     """
 
     budget: Literal["fast", "balanced", "thorough"] = "balanced"
@@ -170,7 +171,8 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     """What can be written at subjects, and sentences about it."""
     if writer is None:
         return Delta.nothing(), []
-    writable = [edit for edit in edits if _has_a_place(model, edit)]
+    contexts = neutral_contexts(writer.contexts)
+    writable = [edit for edit in edits if _has_a_place(model, edit, contexts)]
     left = len(edits) - len(writable)
     rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
@@ -183,10 +185,11 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     return written, [*sentences, rest] if left else sentences
 
 
-def _has_a_place(model: Model, edit: Edit) -> bool:
-    """Whether a single token of the prompt ends the subject, before the answer begins."""
+def _has_a_place(model: Model, edit: Edit, contexts: Sequence[str]) -> bool:
+    """Whether a single token of the prompt ends the subject, before the answer begins, and the
+    prompt can be read behind every context."""
     try:
-        mention(model, edit)
+        mentions(model, [edit], contexts)
     except BadEdits:
         return False
     return True
@@ -204,23 +207,22 @@ class _Found(NamedTuple):
     """What the check finds: shares of answers that are right (of all their tokens), of made-up
     neighbours that nothing protected and whose answer stayed, and perplexity relative to before."""
 
-    learned: float
-    reworded: float
+    learned: float | None
+    reworded: float | None
     neighbours_kept: float | None
     perplexity_ratio: float
 
     def sentence(self) -> str:
         """The check for people."""
-        kept = (
-            ""
-            if self.neighbours_kept is None
-            else f", {100 * self.neighbours_kept:.0f} % of made-up neighbours that nothing "
-            "protected as before"
+        shares = (
+            (self.learned, "of the new answers right"),
+            (self.reworded, "behind sentences not met in training"),
+            (self.neighbours_kept, "of made-up neighbours that nothing protected as before"),
         )
+        told = [f"{100 * share:.0f} % {what}" for share, what in shares if share is not None]
         return (
-            f"Checked without the records' own probes: {100 * self.learned:.0f} % of the new "
-            f"answers right, {100 * self.reworded:.0f} % behind sentences not met in "
-            f"training{kept}; perplexity x {self.perplexity_ratio:.3f}."
+            f"Checked without the records' own probes: {', '.join(told)}; "
+            f"perplexity x {self.perplexity_ratio:.3f}."
         )
 
 
@@ -243,15 +245,12 @@ class _Check:
         others = neighbours(asked, CHECKED, seed + 1)
         prompts = [one for one in others if one not in protected]
         said = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
-        kept = []
-        for prompt, answer in zip(prompts, said, strict=True):
-            with contextlib.suppress(BadEdits):  # what cannot be read again as tokens
-                kept += [model.tokens(prompt, answer)] if answer.strip() else []
+        behind = [(f"{one} {pair.prompt}", pair.answer) for pair in pairs for one in unseen]
         text = " ".join(neutral_text().split()[:WORDS_READ])
         return cls(
-            [model.tokens(pair.prompt, pair.answer) for pair in pairs],
-            [_behind(model, sentence, pair) for pair in pairs for sentence in unseen],
-            kept,
+            _readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
+            _readable(model, behind),
+            _readable(model, list(zip(prompts, said, strict=True))),
             perplexity(model, text),
             text,
         )
@@ -272,22 +271,27 @@ class _Check:
     def found(self, model: Model, delta: Delta) -> _Found:
         """What a candidate does; the model is left as it was."""
         with model.shifted(delta):
-            kept = _right(model, self.neighbours)
             return _Found(
                 learned=_share(_right(model, self.bare)),
                 reworded=_share(_right(model, self.reworded)),
-                neighbours_kept=_share(kept) if kept else None,
+                neighbours_kept=_share(_right(model, self.neighbours)),
                 perplexity_ratio=perplexity(model, self.text) / self.perplexity,
             )
 
 
-def _behind(model: Model, sentence: str, pair: Pair) -> Tokens:
-    return model.tokens(f"{sentence} {pair.prompt}", pair.answer)
+def _readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
+    """Prompts and answers as tokens, but for those that are too long or whose answer is none."""
+    found = []
+    for prompt, answer in asked:
+        with contextlib.suppress(BadEdits):
+            found += [model.tokens(prompt, answer)] if answer.strip() else []
+    return found
 
 
 def _right(model: Model, sequences: Sequence[Tokens]) -> list[bool]:
     return [one.matched == len(one.targets) for one in model.force(sequences)] if sequences else []
 
 
-def _share(right: Sequence[Any]) -> float:
-    return sum(map(bool, right)) / len(right)
+def _share(right: Sequence[bool]) -> float | None:
+    """None of nothing."""
+    return sum(right) / len(right) if right else None
