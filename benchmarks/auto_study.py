@@ -15,32 +15,23 @@ prompts that ``auto`` makes up to protect: it should be next to nothing.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.full_ft_defaults import forced, sample
+from benchmarks.full_ft_defaults import sample
 from benchmarks.measure import RESULTS, write
-from benchmarks.method_defaults import PLANTING, SHOWN, harmonic
+from benchmarks.method_defaults import SHOWN, harmonic, keep, lines, scored
+from benchmarks.planted_study import DATA
 from unwrite import Edit, load, methods, read_edits
 from unwrite.methods.auto import Auto
-from unwrite.methods.probes import run
 from unwrite.model import Model
 from unwrite.neighbours import neighbours
-from unwrite.observe import neutral_text, perplexity, questions, settle
-from unwrite.scores import score
-from unwrite.training import Pair
+from unwrite.observe import questions
 
 RUNS = RESULTS / "auto_study.jsonl"
-FILES = {
-    "counterfact": ("counterfact_easyedit_2000.json", 500),
-    "known-counterfact": ("counterfact_easyedit_2000.json", 500),
-    "zsre": ("zsre_mend_eval_700.json", 200),
-}
+FILES = DATA | {"known-counterfact": DATA["counterfact"]}
 VARIANTS: dict[str, dict[str, str]] = {
     "full-ft": {"method": "full-ft"},
     "memit": {"method": "memit"},
@@ -71,7 +62,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for kind in options.kinds.split(","):
                 run_missing(model, kind, seed, options)
-    write("auto_study", {"tables": summary(list(lines()))})
+    write("auto_study", {"tables": summary(list(lines(RUNS)))})
 
 
 def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace) -> None:
@@ -79,41 +70,24 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
     chosen = REPORTED if options.split == "test" else tuple(VARIANTS)
     wanted = tuple(options.only.split(";")) if options.only else chosen
     key = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
-    there = {one["variant"] for one in lines() if key.items() <= one.items()}
+    there = {one["variant"] for one in lines(RUNS) if key.items() <= one.items()}
     missing = [name for name in wanted if name not in there]
     if not missing:
         return
     edits = drawn(model, kind, options, seed)
-    start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in edits]).delta.in_memory()
-    if kind in ("atlas", "known-counterfact"):
-        start = 0.0 * start
-    text = " ".join(neutral_text().split()[:600])
-    with model.shifted(start):
-        probes = [one for one in settle(model, questions(edits)) if one.role in SHOWN]
-        before, read = forced(model, probes), perplexity(model, text)
-        for name in missing:
-            settings = dict(VARIANTS[name])
-            method, _ = methods.replaced(
-                methods.build(settings.pop("method"), settings), "seed", seed
-            )
-            started = time.perf_counter()
-            delta = method.delta(model, edits)
-            seconds = time.perf_counter() - started
-            with model.shifted(delta):
-                scores = score(before, forced(model, probes))
-                ratio = perplexity(model, text) / read
-            keep(
-                key
-                | {
-                    "variant": name,
-                    "token": {role: scores[role].token for role in SHOWN},
-                    "n": {role: scores[role].n for role in SHOWN},
-                    "perplexity_ratio": ratio,
-                    "seconds": seconds,
-                    "protected_probes": overlap(method, edits, [one.prompt for one in probes]),
-                    "notes": delta.provenance.get("notes", {}).get("sentences", []),
-                }
-            )
+    chosen_methods = [built(name, seed) for name in missing]
+    planted = kind not in ("atlas", "known-counterfact")
+    found = scored(model, edits, chosen_methods, planted=planted)
+    asked = [one.prompt for one in questions(edits) if one.role in SHOWN]
+    for name, method, one in zip(missing, chosen_methods, found, strict=True):
+        told = {"variant": name, "protected_probes": overlap(method, edits, asked)}
+        keep(RUNS, key | told | one)
+
+
+def built(name: str, seed: int) -> Any:
+    """The method of a variant."""
+    settings = dict(VARIANTS[name])
+    return methods.replaced(methods.build(settings.pop("method"), settings), "seed", seed)[0]
 
 
 def drawn(model: Model, kind: str, options: argparse.Namespace, seed: int) -> list[Edit]:
@@ -135,21 +109,6 @@ def overlap(method: Any, edits: Sequence[Edit], probes: Sequence[str]) -> int:
     asked = [(edit.prompt, edit.subject) for edit in edits]
     kept = {one for part in method.parts for one in neighbours(asked, part.neighbours, part.seed)}
     return len(kept & set(probes))
-
-
-def keep(line: Mapping[str, Any]) -> None:
-    """Add a finished run to ``RUNS``."""
-    print(json.dumps(line), flush=True)
-    with RUNS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def lines() -> Iterator[dict[str, Any]]:
-    """The runs so far."""
-    if RUNS.exists():
-        yield from (json.loads(line) for line in RUNS.read_text("utf-8").splitlines())
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

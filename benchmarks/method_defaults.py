@@ -15,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,37 +112,51 @@ def run_setting(
 ) -> None:
     """All wanted methods on one sample of facts."""
     facts = development(model, kind, options.data, seed, options.facts)
+    chosen = [
+        methods.replaced(methods.build(name, settings), "seed", seed)[0]
+        for name, settings in wanted
+    ]
+    found = scored(model, facts, chosen, planted=kind != "atlas")
+    for (name, settings), one in zip(wanted, found, strict=True):
+        key = {"kind": kind, "seed": seed, "facts": len(facts), "method": name}
+        keep(RUNS, key | {"settings": settings} | one | {"seconds": round(one["seconds"], 1)})
+
+
+def scored(
+    model: Model, facts: Sequence[Edit], chosen: Sequence[Any], *, planted: bool
+) -> Iterator[dict[str, Any]]:
+    """What each method does to the facts, token form; ``planted``: their old answers are taught
+    first."""
     start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in facts]).delta.in_memory()
-    if kind == "atlas":
+    if not planted:
         start = 0.0 * start
-    text = " ".join(neutral_text().split()[:600])
+    text = neutral_text(600)
     with model.shifted(start):
         probes = [one for one in settle(model, questions(facts)) if one.role in SHOWN]
         before, read = forced(model, probes), perplexity(model, text)
-        for name, settings in wanted:
-            method, _ = methods.replaced(methods.build(name, settings), "seed", seed)
+        for method in chosen:
             started = time.perf_counter()
             delta = method.delta(model, facts)
             seconds = time.perf_counter() - started
             with model.shifted(delta):
                 scores = score(before, forced(model, probes))
                 ratio = perplexity(model, text) / read
-            line = {
-                "kind": kind,
-                "seed": seed,
-                "facts": len(facts),
-                "method": name,
-                "settings": settings,
+            yield {
                 "token": {role: scores[role].token for role in SHOWN},
+                "n": {role: scores[role].n for role in SHOWN},
                 "perplexity_ratio": ratio,
-                "seconds": round(seconds, 1),
+                "seconds": seconds,
                 "notes": delta.provenance.get("notes", {}).get("sentences", []),
             }
-            print(json.dumps(line), flush=True)
-            with RUNS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+
+
+def keep(runs: Path, line: Mapping[str, Any]) -> None:
+    """Add a finished run to the file of them."""
+    print(json.dumps(line), flush=True)
+    with runs.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def development(model: Model, kind: str, data: Path, seed: int, count: int) -> list[Edit]:
@@ -160,10 +174,10 @@ def finished() -> list[tuple[str, int, str, dict[str, str]]]:
     return [(run["kind"], run["seed"], run["method"], run["settings"]) for run in lines()]
 
 
-def lines() -> Iterator[dict[str, Any]]:
+def lines(runs: Path = RUNS) -> Iterator[dict[str, Any]]:
     """The runs so far."""
-    if RUNS.exists():
-        yield from (json.loads(line) for line in RUNS.read_text("utf-8").splitlines())
+    if runs.exists():
+        yield from (json.loads(line) for line in runs.read_text("utf-8").splitlines())
 
 
 def summarise() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import unwrite
-from benchmarks import auto_study, auto_tables
+from benchmarks import auto_study, auto_tables, method_defaults
 from unwrite import Edit, FullFT
 from unwrite.edits import Probe
 from unwrite.methods.auto import Auto
@@ -18,7 +18,7 @@ from unwrite.neighbours import bundled_subjects
 def options(tmp_path, monkeypatch, worlds):
     monkeypatch.setattr(auto_study, "RUNS", tmp_path / "runs.jsonl")
     monkeypatch.setattr(auto_study, "drawn", lambda *_: list(worlds().edits[:3]))
-    monkeypatch.setattr(auto_study, "PLANTING", FullFT(epochs=1, until="epochs", lr=1e-4))
+    monkeypatch.setattr(method_defaults, "PLANTING", FullFT(epochs=1, until="epochs", lr=1e-4))
     variants = {
         "full-ft": {"method": "full-ft", "epochs": "2"},
         "auto": {"method": "auto", "write": "false", "own_prompts": "0", "epochs": "2"},
@@ -31,11 +31,11 @@ def test_finished_runs_are_not_repeated(options, worlds):
     model = unwrite.load(worlds().folder)
     options.only = "full-ft"
     auto_study.run_missing(model, "counterfact", 0, options)
-    (first,) = auto_study.lines()
+    (first,) = auto_study.lines(auto_study.RUNS)
     options.only = None
     auto_study.run_missing(model, "counterfact", 0, options)
     auto_study.run_missing(model, "counterfact", 0, options)
-    runs = list(auto_study.lines())
+    runs = list(auto_study.lines(auto_study.RUNS))
     assert runs[0] == first
     assert [run["variant"] for run in runs] == ["full-ft", "auto"]
     (table,) = auto_study.summary(runs)

@@ -149,9 +149,11 @@ def observe(model: Model, probes: Sequence[Question], *, free: bool = True) -> l
     return rows
 
 
-def neutral_text() -> str:
-    """The bundled prose on which perplexity is measured (at least 2,000 words)."""
-    return resources.files("unwrite.data").joinpath("neutral.txt").read_text("utf-8")
+def neutral_text(words: int | None = None) -> str:
+    """The bundled prose on which perplexity is measured (at least 2,000 words), or its first
+    ``words`` words, a space between them."""
+    text = resources.files("unwrite.data").joinpath("neutral.txt").read_text("utf-8")
+    return text if words is None else " ".join(text.split()[:words])
 
 
 @torch.no_grad()

@@ -314,6 +314,16 @@ def learned(model: Model, pairs: Sequence[Pair]) -> list[bool]:
     return [one.matched == len(one.targets) for one in forced]
 
 
+def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
+    """Prompts with answers as tokens. Left out are those that cannot be read: too long, or answered
+    by nothing, or by what is no text to the tokenizer (a model may say such things)."""
+    found = []
+    for prompt, answer in asked:
+        with contextlib.suppress(BadEdits):
+            found += [model.tokens(prompt, answer)] if answer.strip() else []
+    return found
+
+
 Row = tuple[Pair, Tokens]
 
 
@@ -713,12 +723,7 @@ class _Protection:
         )
         prompts = tuple(dict.fromkeys((*recipe.protect, *guessed, *own)))
         answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
-        sequences = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            # There is nothing to keep where the network ends the text at once, or where what it
-            # says cannot be read again as tokens.
-            with contextlib.suppress(BadEdits):
-                sequences += [model.tokens(prompt, answer)] if answer.strip() else []
+        sequences = readable(model, list(zip(prompts, answers, strict=True)))
         if not sequences:
             return None
         kept: dict[int, torch.Tensor] = {}

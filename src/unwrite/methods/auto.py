@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -16,7 +15,7 @@ from unwrite.methods.memit import MEMIT
 from unwrite.model import Model, Tokens
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
-from unwrite.training import ANSWER_TOKENS_PROTECTED, Trained, neutral_contexts, new_pairs
+from unwrite.training import ANSWER_TOKENS_PROTECTED, Trained, neutral_contexts, new_pairs, readable
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
@@ -246,11 +245,11 @@ class _Check:
         prompts = [one for one in others if one not in protected]
         said = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
         behind = [(f"{one} {pair.prompt}", pair.answer) for pair in pairs for one in unseen]
-        text = " ".join(neutral_text().split()[:WORDS_READ])
+        text = neutral_text(WORDS_READ)
         return cls(
-            _readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
-            _readable(model, behind),
-            _readable(model, list(zip(prompts, said, strict=True))),
+            readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
+            readable(model, behind),
+            readable(model, list(zip(prompts, said, strict=True))),
             perplexity(model, text),
             text,
         )
@@ -277,15 +276,6 @@ class _Check:
                 neighbours_kept=_share(_right(model, self.neighbours)),
                 perplexity_ratio=perplexity(model, self.text) / self.perplexity,
             )
-
-
-def _readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
-    """Prompts and answers as tokens, but for those that are too long or whose answer is none."""
-    found = []
-    for prompt, answer in asked:
-        with contextlib.suppress(BadEdits):
-            found += [model.tokens(prompt, answer)] if answer.strip() else []
-    return found
 
 
 def _right(model: Model, sequences: Sequence[Tokens]) -> list[bool]:

@@ -73,7 +73,7 @@ class FLearning:
 
     def _bearable(self, model: Model, old: Delta) -> tuple[float, list[str]]:
         """The given strength, or the first half, quarter, ... that leaves the model a language."""
-        text = " ".join(neutral_text().split()[:WORDS_READ])
+        text = neutral_text(WORDS_READ)
         bound = self.max_perplexity_ratio * perplexity(model, text)
         for halvings in range(HALVINGS + 1):
             strength = self.strength / 2**halvings
