@@ -45,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "loc-ft": ("loc-ft", SHORT, {}),
     "full-ft, two processes": ("full-ft", SHORT, {"processes": 2}),
     "full-ft, two processes, sharded": ("full-ft", SHORT, {"processes": 2, "sharded": True}),
+    "lora, two processes": ("lora", SHORT, {"processes": 2}),
+    "lora, two processes, sharded": ("lora", SHORT, {"processes": 2, "sharded": True}),
 }
 
 

@@ -67,8 +67,6 @@ def plans(size: str, config: dict[str, int], folder: Path) -> list[dict[str, Any
     found = []
     for method, (name, settings) in METHODS.items():
         for layout, words in LAYOUTS.items():
-            if name == "lora" and words.get("sharded"):
-                continue  # it is refused
             # Planned for memory without end: what would fit instead is another table.
             needs = plan.for_model(
                 folder, build(name, settings), layout=Layout(device="cuda", **words), memory=10**15

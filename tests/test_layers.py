@@ -230,6 +230,7 @@ SIDEWAYS = {
     ("adapters", "model"),
     ("processes", "model"),
     ("processes", "pretrained"),
+    ("sharding", "anatomy"),
     ("sharding", "model"),
     ("sharding", "processes"),
     ("training", "neighbours"),

@@ -263,6 +263,25 @@ def test_processes_that_shard_need_less_each(worlds, parameters):
     assert needs(processes=4).host_bytes > 3 * alone.host_bytes
 
 
+def test_adapters_are_whole_in_every_process_that_shares_their_model(worlds, parameters):
+    def needs(**layout):
+        return plan.for_model(
+            worlds().folder, unwrite.LoRA(), layout=Layout(device="cuda", **layout), memory=10**12
+        )
+
+    whole, shared = needs(processes=4), needs(processes=4, sharded=True)
+    for part in ("gradients", "moments"):
+        assert shared.parts[part] == whole.parts[part] > 0
+    assert shared.parts["gathered gradients"] == 0, "what is frozen has none"
+    assert shared.parts["shards"] == parameters
+    # Weights are gathered for either pass; the factors' gradients are averaged as without shards.
+    gathered = 2 * 3 * 4 * parameters // 4
+    assert shared.traffic_bytes == pytest.approx(gathered + whole.traffic_bytes, abs=1)
+    assert shared.scratch_bytes == 4 * parameters, "its own copy waits, nothing large comes back"
+    offloaded = needs(processes=4, sharded=True, offloaded=True)
+    assert trains(offloaded) == trains(shared) - shared.parts["shards"]
+
+
 def test_what_would_fit_is_said_and_fits(tmp_path):
     """For a memory that is a little too small for full fine-tuning on one GPU."""
     llama(tmp_path, hidden_size=1024, intermediate_size=2816, num_hidden_layers=6)

@@ -77,12 +77,20 @@ class Banks:
 
 
 @contextlib.contextmanager
-def adapted(model: Model, banks: Sequence[str], shape: AdapterShape, seed: int) -> Iterator[Banks]:
+def adapted(
+    model: Model,
+    banks: Sequence[str],
+    shape: AdapterShape,
+    seed: int,
+    device: torch.device | None = None,
+) -> Iterator[Banks]:
     """Within the block, ``model.network`` is frozen and carries adapters; afterwards it is what it
     was, module for module.
 
     All banks start from the same factors: ``A`` random by ``seed``, ``B`` zero, so that nothing
-    changes until something is learned. Raises ``BadSetting`` when the model has none of a target.
+    changes until something is learned. The network may be sharded; the factors are whole, on the
+    ``device`` that computes (default: where the network is). Raises ``BadSetting`` when the model
+    has none of a target.
     """
     from peft import LoraConfig, LoraModel
 
@@ -110,6 +118,8 @@ def adapted(model: Model, banks: Sequence[str], shape: AdapterShape, seed: int) 
             parameters[bank] = {}
             for file, layer in layers.items():
                 layer.set_adapter(list(banks))
+                layer.lora_A.to(device)
+                layer.lora_B.to(device)
                 factors = {"a": layer.lora_A[bank].weight, "b": layer.lora_B[bank].weight}
                 with torch.no_grad():
                     factors["a"].copy_(layer.lora_A[banks[0]].weight)

@@ -40,6 +40,12 @@ NAMES: Mapping[str, frozenset[str]] = MappingProxyType(
 )
 
 
+def unwrapped(name: str) -> str:
+    """The name of a module or parameter without that of the wrapper in which torch puts what is
+    computed twice (activation checkpointing)."""
+    return name.replace("_checkpoint_wrapped_module.", "")
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """Names of the modules of one network. Holds strings, never modules.
@@ -169,7 +175,9 @@ class Anatomy:
         )
 
     def _place(self, name: str) -> _Place | None:
-        """Look up a module, or a parameter by its module; the outermost part may be missing."""
+        """Look up a module, or a parameter by its module; the outermost part may be missing, and
+        blocks may stand inside of wrappers."""
+        name = unwrapped(name)
         for module in (name, name.rpartition(".")[0]):
             if module in self._places:
                 return self._places[module]

@@ -49,7 +49,7 @@ from unwrite.observe import perplexity
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
 from unwrite.scratch import remove_temporaries, sweep_temporary
-from unwrite.sharding import difference, set_aside, sharded
+from unwrite.sharding import difference, divided, put_apart, shares
 from unwrite.tasks import Example, Task, is_right, read_task, read_tasks
 from unwrite.training import Pair, Share, row_losses
 from unwrite.weights import Weights, save_weights
@@ -58,6 +58,7 @@ Method = Literal["plain", "graceful", "l2", "ewc", "early"]
 METHODS: tuple[Method, ...] = ("plain", "graceful", "l2", "ewc", "early")
 ALIASES: dict[str, Method] = {"lwf": "graceful"}
 HELD_OUT = 0.2  # of the training split, with ``early``
+ROWS_HELD_OUT = 16  # read at a time
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,7 @@ class _Run:
         return learn_task(self.model, self.learn.train, self.course, scratch)
 
     def _l2(self, scratch: Path) -> Delta:
-        anchor = Anchor(self.letting.penalty, start=self._start())
+        anchor = Anchor(self.letting.penalty)
         return learn_task(self.model, self.learn.train, self.course, scratch, [anchor])
 
     def _ewc(self, scratch: Path) -> Delta:
@@ -280,12 +281,8 @@ class _Run:
         kept = [pair for pair, _ in self._own_answers()][: self.letting.fisher_examples]
         fisher = fisher_diagonal(self.model, kept)
         importance = {self.model.names[name]: fisher[name].dense() for name in fisher}
-        anchor = Anchor(self.letting.penalty, importance, start=self._start())
+        anchor = Anchor(self.letting.penalty, importance)
         return learn_task(self.model, self.learn.train, self.course, scratch, [anchor])
-
-    def _start(self) -> dict[str, torch.Tensor]:
-        weights = self.model.weights
-        return {self.model.names[name]: weights[name].clone() for name in weights}
 
     def _early(self, scratch: Path) -> Delta:
         rows = list(self.learn.train)
@@ -294,16 +291,8 @@ class _Run:
         if count >= len(rows):
             raise BadSetting(f"{len(rows)} examples are too few to hold some out. Give more.")
         held = [closed(self.model, example) for example in rows[:count]]
-
-        @torch.no_grad()
-        def loss() -> float:
-            parts = [
-                row_losses(self.model.network, held[start : start + 16], self.model.device)
-                for start in range(0, len(held), 16)
-            ]
-            return float(torch.cat(parts).mean())
-
-        return learn_task(self.model, rows[count:], self.course, scratch, [BestEpoch(loss)])
+        best = BestEpoch(HeldOutLoss(held))
+        return learn_task(self.model, rows[count:], self.course, scratch, [best])
 
     def _graceful(self, scratch: Path) -> Delta:
         pairs, confidence = self._chosen()
@@ -441,22 +430,16 @@ def learn_task(
     The loss is the mean over examples of the mean over their answer tokens. Checkpoints go to
     ``scratch`` and are taken up from there. The model is bitwise unchanged however this ends, and
     so is the state of all random number generators. Several processes divide each batch, and with
-    FSDP2 the model as well. Raises ``BadSetting`` for callbacks that need the model whole (``l2``,
-    ``ewc`` and ``early``) there.
+    FSDP2 the model as well.
     """
-    if processes.shards():
-        _refuse_whole(callbacks)
-    orders = {"examples": examples, "course": course, "scratch": scratch, "callbacks": callbacks}
+    orders = {
+        "examples": examples,
+        "course": course,
+        "scratch": scratch,
+        "callbacks": [_to_send(one) for one in callbacks],
+    }
     with processes.called_in(model, learn_task, **orders):
         return _learned_task(model, examples, course, scratch, callbacks)
-
-
-def _refuse_whole(callbacks: Sequence[Any]) -> None:
-    if any(isinstance(one, Anchor | BestEpoch) for one in callbacks):
-        raise BadSetting(
-            "The methods l2, ewc and early look at whole weights, which no process has under FSDP. "
-            "Launch without use_fsdp, or use the method plain or graceful."
-        )
 
 
 def _learned_task(
@@ -468,33 +451,82 @@ def _learned_task(
 ) -> Delta:
     rows = [closed(model, example) for example in examples]
     steps = -(-len(rows) // (course.batch_size * course.accumulate)) * course.epochs
-    divided = processes.shards()
+    shards = processes.shards()
     with _own_randomness(), contextlib.ExitStack() as clean_up:
         learner, before = model, dict[str, torch.Tensor]()
-        if divided:
-            origin = clean_up.enter_context(set_aside(model))
-            learner, _ = sharded(model, origin, model.names)
-            clean_up.enter_context(_divided_already())
+        if shards:
+            learner, _, origin = clean_up.enter_context(divided(model, model.names))
+            clean_up.enter_context(_fsdp_unseen())
         else:
             origin = model.weights
             before |= {name: origin[name].clone() for name in model.names}
             clean_up.callback(_restore, model, before, model.network.training)
         arguments = _arguments(
-            model, course, scratch, saved=steps > course.save_every and not divided
+            model, course, scratch, saved=steps > course.save_every and not shards
         )
         advance = clean_up.enter_context(model.progress.stage("learning the task", steps))
-        trainer = _trainer(learner, arguments, rows, callbacks, advance, course, divided)
+        settled = [_settled(one, model, learner, before) for one in callbacks]
+        trainer = _trainer(learner, arguments, rows, settled, advance, course, shards)
         checkpoints = processes.told(
             lambda: sorted(scratch.glob("checkpoint-*"), key=lambda one: int(one.name[11:]))
         )
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-        if divided:
+        if shards:
             del trainer  # its optimiser's memory, before whole tensors come together
             return difference(learner, origin, list(model.names))
         trained = model.weights  # anew: with several processes the Trainer moves the parameters
         return Delta.from_changes(
             {name: Dense((trained[name] - one).cpu()) for name, one in before.items()}
         )
+
+
+def _to_send(callback: Any) -> Any:
+    """A callback as the other processes are to have it: what a penalty weighs by is not sent whole
+    where nobody holds a whole model."""
+    if isinstance(callback, Anchor) and processes.shards():
+        return Anchor(callback.strength, None if callback.importance is None else {})
+    return callback
+
+
+def _settled(
+    callback: Any, model: Model, learner: Model, before: Mapping[str, torch.Tensor]
+) -> Any:
+    """A callback ready for this process: a penalty pulls towards the weights before, and weighs by
+    this process's shares if the model is divided. Collective there."""
+    if not isinstance(callback, Anchor) or callback.start is not None:
+        return callback
+    weighed = callback.importance
+    if learner is model:
+        start = {model.names[name]: one for name, one in before.items()}
+        return Anchor(callback.strength, weighed, start)
+    if weighed is not None:
+        files = {name: file for file, name in model.names.items()}
+        weighed = shares(learner, {files[name]: one for name, one in weighed.items()})
+    return Anchor(callback.strength, weighed)  # takes its start from the shards by itself
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """The mean loss of a network on sequences that are held out, which all processes read together
+    (in evaluation mode)."""
+
+    sequences: Sequence[Tokens]
+
+    @torch.no_grad()
+    def __call__(self, network: Any, device: torch.device) -> float:
+        """In every process the same number."""
+        was_training = network.training
+        network.eval()
+        total = torch.zeros((), device=device)
+        for start in range(0, len(self.sequences), ROWS_HELD_OUT):
+            batch = self.sequences[start : start + ROWS_HELD_OUT]
+            share = Share.of(len(batch), slice(None))
+            losses = row_losses(network, [batch[row] for row in share.rows], device)
+            total += losses.mean() * share.weight * len(batch)
+        network.train(was_training)
+        if processes.shards():
+            put_apart(network)
+        return float(processes.summed(total)) / processes.count() / len(self.sequences)
 
 
 def _arguments(model: Model, course: Course, scratch: Path, *, saved: bool) -> Any:
@@ -527,7 +559,7 @@ def _arguments(model: Model, course: Course, scratch: Path, *, saved: bool) -> A
 
 
 @contextlib.contextmanager
-def _divided_already() -> Iterator[None]:
+def _fsdp_unseen() -> Iterator[None]:
     """Within the block accelerate sees several processes and no FSDP: it would divide anew what is
     divided, and only on GPUs."""
     name = "ACCELERATE_USE_FSDP"
@@ -560,7 +592,7 @@ def _trainer(
     callbacks: Sequence[Any],
     advance: Callable[[int, str], None],
     course: Course,
-    divided: bool,
+    shards: bool,
 ) -> Any:
     from transformers import Trainer
     from transformers.trainer_callback import PrinterCallback
@@ -593,7 +625,7 @@ def _trainer(
             )
 
         def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
-            if divided:
+            if shards:
                 return _Divided(model, self.args.bf16)
             return super()._wrap_model(model, training, dataloader)
 

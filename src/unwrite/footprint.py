@@ -91,19 +91,20 @@ def training(network: Any, anatomy: Anatomy, work: Work, layout: Layout) -> Foot
     trained = _trained_shapes(parameters, work)
     whole, learned = _bytes(all_shapes), _bytes(trained)
     moments = optimizers.state_bytes(work.optimizer, trained)
-    share = layout.processes if layout.sharded else 1
+    frozen = work.trained is None  # adapters are whole in every process
+    share = layout.processes if layout.sharded and not frozen else 1
     mine = max(1, -(-work.rows // layout.processes))
     parts: dict[str, int] = {}
     if layout.sharded:
         block, rest = _largest_block(parameters, anatomy)
         parts |= {
-            "shards": whole // share,  # the first process's own copy waits on disk
+            "shards": whole // layout.processes,  # the first process's own copy waits on disk
             "gathered": rest + 2 * block,  # one block computes, the next is on its way
-            "gathered gradients": rest + block,
+            "gathered gradients": 0 if frozen else rest + block,
         }
     else:
         parts["weights"] = whole
-        parts["snapshot"] = 0 if work.trained is None else learned
+        parts["snapshot"] = 0 if frozen else learned
     largest = max((_bytes([shape]) for shape in trained), default=0)
     parts["gradients"] = largest if work.in_backward else learned // share
     parts["moments"] = moments // share
@@ -116,10 +117,11 @@ def training(network: Any, anatomy: Anatomy, work: Work, layout: Layout) -> Foot
         parts["change"] = max(0, learned - gone)
     where = dict.fromkeys(parts, "device" if layout.device == "cuda" else "host")
     if layout.offloaded:
-        where |= dict.fromkeys(("shards", "gradients", "moments"), "host")
-    if layout.device == "cuda" and work.trained is not None and not layout.sharded:
+        waiting = ("shards",) if frozen else ("shards", "gradients", "moments")
+        where |= dict.fromkeys(waiting, "host")
+    if layout.device == "cuda" and not frozen and not layout.sharded:
         parts["change"], where["change"] = learned, "host"
-    return Footprint(parts, where, _traffic(whole, learned, layout))
+    return Footprint(parts, where, _traffic(whole, learned, layout, frozen))
 
 
 def observing(network: Any, tokens: int) -> int:
@@ -162,11 +164,12 @@ def _largest_block(parameters: dict[str, Any], anatomy: Anatomy) -> tuple[int, i
     return max(sizes.values(), default=0), rest
 
 
-def _traffic(whole: int, learned: int, layout: Layout) -> int:
+def _traffic(whole: int, learned: int, layout: Layout, frozen: bool) -> int:
     """Averaging gradients sends each twice, but for this process's own part; sharding gathers the
-    weights for either pass and sends each gradient once."""
+    weights for either pass and sends each gradient of a shard once."""
     others = (layout.processes - 1) / layout.processes
-    return int(others * ((2 * whole + learned) if layout.sharded else 2 * learned))
+    gathered = 2 * whole if layout.sharded else 0
+    return int(others * (gathered + learned * (1 if layout.sharded and not frozen else 2)))
 
 
 def _saved(network: Any, anatomy: Anatomy, work: Work, rows: int, recomputed: bool) -> int:

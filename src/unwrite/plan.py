@@ -152,7 +152,8 @@ def for_model(
     # Probes wait in scratch files, and so do what comes together from shards, and the weights
     # meanwhile.
     probing = full and (len(recipes) > 1 or any(times > 1 for _, times in recipes))
-    scratch = parameters * 4 * (int(probing) + 2 * int(layout.sharded))
+    gathered = int(full) + 1 if layout.sharded else 0
+    scratch = parameters * 4 * (int(probing) + gathered)
     memory_free = _memory_free() if memory is None else memory
     disk_free = shutil.disk_usage(_existing(folder)).free
     warnings: list[str] = []
@@ -372,8 +373,7 @@ def _advice(shape: _Shape, method: Any, layout: Layout, free: int) -> Iterator[s
             processes *= 2
     if not isinstance(method, LoRA):
         adapters = LoRA()
-        alone = footprint.with_layout(layout, sharded=False, offloaded=False, recomputed=False)
-        if peak := fits(adapters, alone):
+        if peak := fits(adapters, layout):
             yield f"The method lora fits ({readable_size(peak)})."
 
 
@@ -383,7 +383,7 @@ def _least(method: Any) -> Any:
 
 
 def _said(layout: Layout) -> str:
-    how = "weights, gradients and moments sharded" if layout.sharded else "each with a whole model"
+    how = "the model and its training sharded" if layout.sharded else "each with a whole model"
     more = [", offloaded"] * layout.offloaded + [", activations recomputed"] * layout.recomputed
     return f"{layout.processes}, {how}{''.join(more)}"
 

@@ -18,7 +18,7 @@ import contextlib
 import io
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -80,6 +80,16 @@ def summed(values: torch.Tensor) -> torch.Tensor:
     if count() > 1:
         distributed.all_reduce(values)
     return values
+
+
+@torch.no_grad()
+def same(tensors: Iterable[torch.Tensor]) -> None:
+    """Give every process the values that the first one has; in it nothing is written."""
+    for tensor in tensors:
+        whole = tensor.contiguous()  # most are
+        distributed.broadcast(whole, src=0)
+        if whole is not tensor and rank() > 0:
+            tensor.copy_(whole)
 
 
 def told(make: Callable[[], Made]) -> Made:

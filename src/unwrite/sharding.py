@@ -14,13 +14,15 @@ pass, and whether its activations are computed twice is what the launch file say
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unwrite import processes, scratch
+from unwrite.allocator import freed_memory_goes_back
+from unwrite.anatomy import unwrapped
 from unwrite.change import Dense
 from unwrite.delta import SCRATCH, Delta
 from unwrite.model import Model
@@ -54,6 +56,21 @@ def set_aside(model: Model) -> Iterator[Weights]:
         remove()
 
 
+@contextlib.contextmanager
+def divided(
+    model: Model, trained: Collection[str]
+) -> Iterator[tuple[Model, torch.device, Weights]]:
+    """Within the block ``model`` is set aside and spread over all processes: as it is to be
+    trained, this process's device to compute on, and the first process's weights as they were.
+    Collective."""
+    with freed_memory_goes_back(), set_aside(model) as origin:
+        learner, device = sharded(model, origin, trained)
+        try:
+            yield learner, device, origin
+        finally:
+            _give_up(learner)
+
+
 def sharded(model: Model, weights: Weights, trained: Collection[str]) -> tuple[Model, torch.device]:
     """``model`` with the ``weights`` of the first process, spread over all processes, and this
     process's device to compute on; the tensors of the file names ``trained`` require gradients.
@@ -74,6 +91,7 @@ def sharded(model: Model, weights: Weights, trained: Collection[str]) -> tuple[M
 def difference(learner: Model, origin: Weights, names: Sequence[str]) -> Delta:
     """How far a sharded model is from ``origin``, in scratch files of the first process: whole
     tensors come together there one at a time. The other processes get nothing. Collective."""
+    put_apart(learner.network)  # the last pass may have asked whether all is learned
     whole = _gathered(learner, names)
     if processes.rank() > 0:
         for _ in whole:
@@ -86,6 +104,37 @@ def difference(learner: Model, origin: Weights, names: Sequence[str]) -> Delta:
         return Dense(tensor.cpu() - origin[name])
 
     return Delta(names, read).stored()
+
+
+def shares(learner: Model, whole: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This process's shares of ``whole`` tensors of the first process (by file name, shaped like
+    the weights; the others give none), under the names of a sharded model's parameters.
+    Collective; one whole tensor at a time is with any process but the first."""
+    parameters = learner.parameters
+    return {
+        learner.names[name]: _share(parameters[name], whole.get(name))
+        for name in processes.told(lambda: list(whole))
+    }
+
+
+def _give_up(learner: Model) -> None:
+    """Free the shards, whoever still knows of them: what was set aside comes back now."""
+    for parameter in learner.network.parameters():
+        shard: Any = parameter
+        parameter.grad = None
+        storage = shard.to_local().untyped_storage() if isinstance(shard, DTensor) else None
+        if storage is not None and storage.resizable():
+            storage.resize_(0)
+
+
+def put_apart(network: torch.nn.Module) -> None:
+    """Divide a sharded network again after a forward pass that no backward pass follows: some
+    layouts leave it whole until then."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _gathered(model: Model, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -126,11 +175,18 @@ def _spread(model: Model, device: torch.device) -> torch.device:
 
 def _names_now(model: Model) -> dict[str, str]:
     """File names -> parameter names, now that blocks stand inside of wrappers."""
-    now = {
-        name.replace("_checkpoint_wrapped_module.", ""): name
-        for name, _ in model.network.named_parameters(remove_duplicate=False)
-    }
+    parameters = model.network.named_parameters(remove_duplicate=False)
+    now = {unwrapped(name): name for name, _ in parameters}
     return {file: now[name] for file, name in model.names.items()}
+
+
+def _share(like: Any, whole: torch.Tensor | None) -> Any:
+    """This process's share of a ``whole`` tensor, which the first process has and the others do
+    not, divided as the parameter ``like``. Collective."""
+    mesh = like.device_mesh
+    if whole is None:
+        whole = torch.empty(like.shape, dtype=like.dtype)
+    return distribute_tensor(whole.to(mesh.device_type), mesh, like.placements)
 
 
 @torch.no_grad()
@@ -139,16 +195,9 @@ def _fill(spread: Model, weights: Weights, model: Model) -> None:
     first = processes.rank() == 0
     for file, parameter in spread.parameters.items():
         mine: Any = parameter
-        mesh = mine.device_mesh
-        whole = (
-            weights[file].to(mesh.device_type)
-            if first
-            else torch.empty(mine.shape, dtype=mine.dtype, device=mesh.device_type)
-        )
-        shard = distribute_tensor(whole, mesh, mine.placements)
-        mine.to_local().copy_(shard.to_local())
+        mine.to_local().copy_(_share(mine, weights[file] if first else None).to_local())
     buffers = processes.told(
         lambda: {name: buffer.cpu() for name, buffer in model.network.named_buffers()}
     )
     for name, buffer in spread.network.named_buffers():
-        buffer.copy_(buffers[name.replace("_checkpoint_wrapped_module.", "")])
+        buffer.copy_(buffers[unwrapped(name)])

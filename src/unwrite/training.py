@@ -31,6 +31,8 @@ from importlib import resources
 from typing import Any, Literal
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from unwrite import optimizers, processes
 from unwrite.adapters import AdapterShape, Banks, adapted
@@ -44,7 +46,7 @@ from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.own_text import own_prompts
 from unwrite.progress import Measured
-from unwrite.sharding import difference, set_aside, sharded
+from unwrite.sharding import difference, divided
 
 ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
@@ -222,8 +224,7 @@ def fine_tune(
                 model.weights[name].add_(start[name].dense().to(model.device))
         learner, device, origin = model, model.device, model.weights
         if processes.shards():
-            origin = clean_up.enter_context(set_aside(model))
-            learner, device = sharded(model, origin, names)
+            learner, device, origin = clean_up.enter_context(divided(model, names))
         parameters = {name: learner.parameters[name] for name in names}
         if before_training is not None:
             before_training(_of_this_process(parameters))
@@ -284,11 +285,6 @@ def fine_tune_adapters(
     started = time.perf_counter()
     rows = {name: _rows(model, pairs) for name, pairs in courses.items()}
     _check_processes(recipe)
-    if processes.shards():
-        raise BadSetting(
-            "Adapters are not trained under FSDP: their model is frozen and lies whole in every "
-            "process. Launch without use_fsdp, or use a method that trains all weights (full-ft)."
-        )
     orders = {"courses": dict(courses), "recipe": recipe, "shape": shape}
     with (
         processes.called_in(model, fine_tune_adapters, **orders),
@@ -298,9 +294,13 @@ def fine_tune_adapters(
         if start is not None and len(start):
             clean_up.enter_context(model.shifted(start))
         clean_up.enter_context(_memory_errors(recipe))
-        banks = clean_up.enter_context(adapted(model, list(courses), shape, recipe.seed))
+        learner, device = model, model.device
+        if processes.shards():  # the frozen model; the adapters are whole in every process
+            learner, device, _ = clean_up.enter_context(divided(model, ()))
+        carried = adapted(learner, list(courses), shape, recipe.seed, device)
+        banks = clean_up.enter_context(carried)
         taught = {name: _Course(rows[name], banks.parameters[name], name) for name in courses}
-        run = _Run(model, model.device, recipe, list(taught.values()), guard, banks=banks)
+        run = _Run(learner, device, recipe, list(taught.values()), guard, banks=banks)
         run.train()
         seconds = time.perf_counter() - started
         return {
@@ -366,7 +366,7 @@ class _Run:
         self.rank, self.processes = processes.rank(), processes.count()
         self.frugal = recipe.in_backward or processes.shards()
         self.in_step: Callable[[bool], contextlib.AbstractContextManager[Any]]
-        self.network, self.in_step = _data_parallel(model.network)
+        self.network, self.in_step = _data_parallel(model.network, groups)
         self.random = torch.Generator().manual_seed(recipe.seed)
         self.epoch = 0
         self.learned = False
@@ -582,16 +582,32 @@ def _check_processes(recipe: Recipe) -> None:
 
 
 def _data_parallel(
-    network: Any,
+    network: Any, trained: Sequence[Iterable[torch.nn.Parameter]]
 ) -> tuple[Any, Callable[[bool], contextlib.AbstractContextManager[Any]]]:
     """The network as it is to be called in training, and a context for each part of a step, told
     whether it is the last: gradients are averaged over the processes once a step."""
-    if processes.count() == 1 or processes.shards():  # FSDP2 averages what it shards
+    if processes.shards():  # FSDP2 averages what it shards, and nothing else
+        whole = [one for group in trained for one in group if not isinstance(one, DTensor)]
+        return network, lambda last: _averaging(whole if last else [])
+    if processes.count() == 1:
         return network, lambda _last: contextlib.nullcontext()
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True)
+    # It would send all weights as one tensor, and so hold them twice.
+    processes.same([*network.parameters(), *network.buffers()])
+    wrapped = DistributedDataParallel(network, gradient_as_bucket_view=True, init_sync=False)
     return wrapped, lambda last: contextlib.nullcontext() if last else wrapped.no_sync()
+
+
+@contextlib.contextmanager
+def _averaging(whole: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """After the block, the gradients of parameters that every process has are the mean over the
+    processes; they travel as one tensor."""
+    yield
+    gradients = [one.grad for one in whole if one.grad is not None]
+    if gradients:
+        together = processes.summed(parameters_to_vector(gradients)) / processes.count()
+        vector_to_parameters(together, gradients)
 
 
 def _of_this_process(

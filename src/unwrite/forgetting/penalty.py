@@ -62,9 +62,12 @@ class Anchor(TrainerCallback):
 
 class BestEpoch(TrainerCallback):
     """Keeps the weights of the epoch with the lowest ``loss`` on held-out data, and puts them back
-    at the end (early stopping). Holds a copy of the trained weights."""
+    at the end (early stopping). ``loss`` is given the network and the device it computes on.
 
-    def __init__(self, loss: Callable[[], float]) -> None:
+    Holds a copy of the trained weights, of their shards where the network is sharded (FSDP2).
+    """
+
+    def __init__(self, loss: Callable[[Any, torch.device], float]) -> None:
         self.loss = loss
         self.best: float | None = None
         self.epoch = 0.0
@@ -72,7 +75,7 @@ class BestEpoch(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure, and keep the weights if they are the best so far."""
-        now = self.loss()
+        now = self.loss(kwargs["model"], args.device)
         if self.best is None or now < self.best:
             self.best, self.epoch = now, float(state.epoch or 0)
             self.kept = {
