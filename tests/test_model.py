@@ -20,6 +20,13 @@ def model(worlds):
     return Model.load(worlds().folder)
 
 
+def test_a_model_is_shown_in_a_line(model):
+    parameters = sum(one.numel() for one in model.network.parameters())
+    shown = repr(model)
+    assert shown.startswith("<Model: ") and "\n" not in shown and len(shown) < 400
+    assert f"{parameters:,} parameters" in shown and "LlamaForCausalLM" in shown
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_loads_answers_and_knows_its_names(worlds, architecture):
     world = worlds(architecture)

@@ -99,7 +99,7 @@ class Skeleton:
         return cls(names, aliases, Anatomy.of(network))
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A causal language model in fp32, with the names its tensors have in the checkpoint file.
 
@@ -114,6 +114,13 @@ class Model:
     names: dict[str, str]
     aliases: dict[str, str]
     progress: Reporter = field(default_factory=Silent)
+
+    def __repr__(self) -> str:
+        weights = sum(one.numel() for one in self.parameters.values())
+        return (
+            f"<Model: {self.source.name}, {self.anatomy.architecture}, {weights:,} parameters, on "
+            f"{self.device}>"
+        )
 
     @classmethod
     def load(
