@@ -34,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     if not options.summary:
         for kind in options.kinds.split(","):
-            planted_study.run(options, kind, REGIME, options.seeds, methods())
+            planted_study.run(options, kind, REGIME, range(options.seeds), methods())
     write("strength_sweep", {"records": options.records, "curves": curves(options.work)})
 
 

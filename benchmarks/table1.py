@@ -35,7 +35,7 @@ def main() -> None:
     if not options.summary:
         for seeds in range(1, options.seeds + 1):
             for kind in options.kinds.split(","):
-                planted_study.run(options, kind, REGIME, seeds, METHODS, NAMES)
+                planted_study.run(options, kind, REGIME, range(seeds), METHODS, NAMES)
     write("table1", result(options.work))
 
 

@@ -35,7 +35,7 @@ def main() -> None:
             options.base = str(fetched())
         methods = {label: planted_study.METHODS[REGIME][label] for label in ROWS}
         for seeds in range(1, options.seeds + 1):
-            planted_study.run(options, KIND, REGIME, seeds, methods)
+            planted_study.run(options, KIND, REGIME, range(seeds), methods)
     write("table2", result(options.work))
 
 

@@ -40,7 +40,7 @@ def main() -> None:
     if not options.summary:
         methods = {label: planted_study.METHODS[REGIME][label] for label in LABELS}
         for kind in DATA:
-            planted_study.run(options, kind, REGIME, options.seeds, methods)
+            planted_study.run(options, kind, REGIME, range(options.seeds), methods)
     write("where_it_lives", {"records": options.records, "tables": tables(options.work)})
 
 

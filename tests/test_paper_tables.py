@@ -124,6 +124,31 @@ def test_tables_that_share_a_folder(bench, monkeypatch):
     assert any("f-learning, lora-full" in line for line in tables.study())
 
 
+def test_a_study_goes_on_from_what_is_committed(bench, monkeypatch):
+    """Its folder may be gone: the rows of the result are not run again."""
+    monkeypatch.delitem(planted_study.DATA, "counterfact")
+    chosen = ("full-ft", "lora")
+    few = {name: planted_study.METHODS["three epochs"][name] for name in chosen}
+    monkeypatch.setattr(planted_study, "METHODS", {"three epochs": {"lora": few["lora"]}})
+    first = bench(planted_study, *bench.data, "--seeds", 1)["tables"]["zsre, three epochs"]
+    monkeypatch.setattr(planted_study, "METHODS", {"three epochs": few})
+    ran = []
+    compare = planted_study.compare
+    monkeypatch.setattr(
+        planted_study,
+        "compare",
+        lambda *a, **k: ran.append((list(a[2]), list(k["seeds"]))) or compare(*a, **k),
+    )
+    rows = bench(planted_study, *bench.data, "--seeds", 2, work="new")["tables"]
+    assert ran == [(["full-ft"], [0]), (["full-ft", "lora"], [1])]
+    found = rows["zsre, three epochs"]
+    assert [(row["method"], row["seed"]) for row in found] == [
+        ("[no change]", None),
+        *((name, seed) for name in chosen for seed in (0, 1)),
+    ]
+    assert next(row for row in found if row["method"] == "lora") == first[1]
+
+
 def test_another_architecture(bench, worlds):
     found = bench(table2, *bench.data, "--base", worlds("gpt2").folder)
     assert [row["method"] for row in found["rows"]] == ["[no change]", *table2.ROWS]
