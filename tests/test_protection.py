@@ -214,6 +214,13 @@ def test_a_probe_is_short_and_not_protected(method, epochs):
     assert getattr(short, "rounds", 1) == 1
 
 
+def test_what_a_method_protects_already_stays_protected():
+    method = unwrite.FLearning(forget=unwrite.FullFT(protect=("a", "b")), learn=unwrite.FullFT())
+    found = protection.protecting(method, ["b", "c"])
+    assert found.forget.protect == found.learn.protect == ("a", "b", "c")
+    assert protection.protecting(method, []) is method
+
+
 def test_nothing_to_watch_protects_nothing(model, worlds):
     found = look_ahead(model, worlds().edits[:1], FAST, [])
     assert found.endangered == () and found.sentences() == [] and found.count() == (0.0, 0.0)

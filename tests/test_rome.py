@@ -122,7 +122,7 @@ def test_the_search_is_that_of_a_plain_adam_loop(llama):
     assert torch.allclose(values.values[0], before + added.detach(), rtol=1e-2, atol=1e-3)
 
 
-def test_a_fact_without_a_value_is_named_and_left_out(llama):
+def test_a_fact_without_a_value_is_named_and_not_written(llama):
     # In the last layer nothing that stands at the subject reaches the end of the prompt.
     lost = Edit("ada works as a", "miller", subject="ada", id="lost")
     edits = [EDITS[0], lost]
@@ -130,7 +130,7 @@ def test_a_fact_without_a_value_is_named_and_left_out(llama):
     notes = delta.provenance["notes"]
     assert notes["left_out"] == 1
     assert any(
-        "Edit lost" in sentence and "left out" in sentence for sentence in notes["sentences"]
+        "Edit lost" in sentence and "not written" in sentence for sentence in notes["sentences"]
     )
     alone = MEMIT(layers=(1,), clamp=4.0, lr=0.5, **PLAIN).delta(llama, edits[:1])
     for name in delta:

@@ -296,8 +296,7 @@ class Home:
                 outlook = protection.look_ahead(model, edits, method, watched, self._past())
                 method = protection.protecting(method, outlook.endangered)
             if getattr(method, "keep_earlier", False):
-                kept = dict.fromkeys((*method.protect, *self._taught(live, edits)))
-                method = protection.protecting(method, tuple(kept))
+                method = protection.protecting(method, list(self._taught(live, edits)))
             delta = method.delta(model, edits)
         notes = record.notes_of(delta)
         settings = methods.settings_of(method)

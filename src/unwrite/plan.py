@@ -391,7 +391,7 @@ def _said(layout: Layout) -> str:
 def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
     """Every training run inside a method (a method may hold others as fields, or as ``parts`` that
     it makes up by itself), and how often it is likely to be made."""
-    for part in getattr(method, "parts", ()):
+    for part in methods.parts_of(method):
         yield from _recipes(part)
     if isinstance(method, Recipe):
         yield method, 1.0
@@ -415,7 +415,7 @@ def _search_seconds(method: Any, tokens: int, parameters: int, speed: float) -> 
     computed once for a model."""
     return sum(
         4.0 * parameters * tokens * (search.contexts + 2) * search.steps / 2 / speed
-        for search in (method, *getattr(method, "parts", ()))
+        for search in (method, *methods.parts_of(method))
         if isinstance(search, Search)
     )
 

@@ -36,7 +36,7 @@ from unwrite.forgetting.examples import UpstreamExample
 from unwrite.forgetting.factorization import Factorization
 from unwrite.forgetting.matrix import Array, ForgettingMatrix
 from unwrite.forgetting.measurement import measure_margins
-from unwrite.methods import replaced, settings_of
+from unwrite.methods import fields_named, parts_of, replaced, settings_of
 from unwrite.model import Model
 from unwrite.prompts import Protected
 from unwrite.training import ANSWER_TOKENS_PROTECTED
@@ -373,14 +373,17 @@ def forecast(
 
 
 def protecting(method: Any, prompts: Sequence[str]) -> Any:
-    """The method with ``prompts`` protected wherever it trains; the very method where there are
-    none."""
-    return replaced(method, "protect", tuple(prompts))[0] if prompts else method
+    """The method with ``prompts`` protected wherever it trains, beside those that it protects
+    already; the very method where there are none."""
+    if not prompts:
+        return method
+    already = [one for protected in fields_named(method, "protect") for one in protected]
+    return replaced(method, "protect", tuple(dict.fromkeys((*already, *prompts))))[0]
 
 
 def check_protects(method: Any) -> None:
     """Refuse (``BadSetting``) a method without a field ``protect``."""
-    if replaced(method, "protect", ())[1] == 0:
+    if not fields_named(method, "protect"):
         raise BadSetting(f"The method {settings_of(method)['name']} takes no 'protect'.")
 
 
@@ -426,7 +429,7 @@ def _growth_met(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None
 
 def _length(method: Any) -> float:
     """Epochs that a method is likely to train in all: half of them where it may stop early."""
-    inner = list(getattr(method, "parts", ()))
+    inner = list(parts_of(method))
     own = 0.0 if inner else float(getattr(method, "epochs", 0))
     if getattr(method, "until", "epochs") == "learned":
         own /= 2

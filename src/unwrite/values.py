@@ -335,7 +335,7 @@ def unfound(edits: Sequence[Edit], values: Values, first: int = 1) -> list[str]:
     such an edit is not written.
     """
     return [
-        f"Edit {edit.id or number} ({edit.prompt[:60]!r} -> {edit.new!r}) was left out: after "
+        f"Edit {edit.id or number} ({edit.prompt[:60]!r} -> {edit.new!r}) was not written: after "
         f"{int(steps)} steps no value was found that gives the new answer (loss {float(loss):.2f})."
         for number, (edit, found, steps, loss) in enumerate(
             zip(edits, values.found, values.steps, values.losses, strict=True), start=first

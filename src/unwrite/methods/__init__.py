@@ -129,6 +129,24 @@ def restored(settings: Mapping[str, Any]) -> Method:
         raise BadSetting(f"{name} cannot be made from its old settings: {error}") from None
 
 
+def parts_of(method: Any) -> tuple[Any, ...]:
+    """The methods that ``method`` makes up by itself and runs one after the other (``parts``, which
+    a method may have); most hold what they use in fields, and have none."""
+    return tuple(getattr(method, "parts", ()))
+
+
+def fields_named(method: Any, field: str) -> list[Any]:
+    """The values of ``field`` wherever ``method`` or a method inside it has that field."""
+    found = []
+    for own in dataclasses.fields(method):
+        current = getattr(method, own.name)
+        if own.name == field:
+            found.append(current)
+        elif dataclasses.is_dataclass(current) and not isinstance(current, type):
+            found += fields_named(current, field)
+    return found
+
+
 def _restored(value: Any) -> Any:
     if isinstance(value, dict) and "name" in value:
         return restored(value)
