@@ -1,21 +1,21 @@
 """Does it help to forget? Plain against graceful fine-tuning over pairs of tasks.
 
-    python -m benchmarks.graceful_study --work FOLDER [--data ../shared/data] [--stage develop]
-    python -m benchmarks.graceful_study --work FOLDER [--data ../shared/data] [--stage report]
+    python -m benchmarks.graceful_study --stage develop
+    python -m benchmarks.graceful_study --data ../shared/data
 
 ``develop`` runs a grid of strengths on development tasks; ``report`` takes the best of them (mean
 difference of accuracy to the plain run) and compares, on other tasks: the most, the least and the
 least surely confident answers (top, bottom, random), and the three schedules (periodic, ahead,
 random), for every task to forget and all of them together (mixed), with the same number of learning
-steps in the same order. Every finished run is a line of FOLDER/STAGE.jsonl and is not run again;
-``--summary`` only writes the result from what is there. With ``--data`` some of the tasks to forget
-are public ones (see the provenance of the data).
+steps in the same order. Of every run the test examples of the task and of what it forgot are asked.
+Finished runs are kept beside the result and not repeated; ``--summary`` only writes the result from
+what is there. With ``--data`` some of the tasks to forget are public ones (see the provenance of
+the data).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import tempfile
@@ -28,9 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import write
+from benchmarks import measure
 from unwrite.delta import Delta
-from unwrite.files import read_jsonl
 from unwrite.finetuning import Course, answers, learn_task
 from unwrite.forgetting import (
     GracefulForgetting,
@@ -61,6 +60,8 @@ PUBLIC = (
 MIXED = "mixed"
 STRENGTHS = (0.02, 0.05, 0.2, 0.5)
 RESAMPLES = 2000
+NAMES = {"develop": "graceful_develop", "report": "graceful_study"}
+SETTINGS = ("epochs", "every", "share", "fisher", "limit")  # of the runs
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Study:
             callback = self._callback(forget, variant)
             delta = self._learn([callback])
         trained = time.perf_counter()
-        tests = [row for task in (self.task, *self.let_go) for row in task.test]
+        forgotten = [task for task in self.let_go if forget in ("", task.name, MIXED)]
+        tests = [row for task in (self.task, *forgotten) for row in task.test]
         with self.model.shifted(delta):
             rows = answers(self.model, tests)
             text = perplexity(self.model)
@@ -127,7 +129,7 @@ class Study:
             "variant": name,
             "seed": self.course.seed,
             "settings": None if variant is None else asdict(variant),
-            "right": [[row["task"], row["right"]] for row in rows],
+            "right": told(rows),
             "perplexity": text,
             "unlearning_steps": 0 if callback is None else callback.done,
             "skipped": sum(row["skipped"] for row in callback.history) if callback else 0,
@@ -180,6 +182,19 @@ class Study:
         )
 
 
+def told(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """By task, a digit for every test example: was its answer right?"""
+    found: dict[str, str] = defaultdict(str)
+    for row in rows:
+        found[row["task"]] += str(int(row["right"]))
+    return dict(found)
+
+
+def rights(run: Mapping[str, Any], tasks: Sequence[str]) -> np.ndarray:
+    """Of a run, 0 or 1 for the test examples of some tasks, one after the other."""
+    return np.array([float(one) for task in tasks for one in run["right"][task]])
+
+
 def difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Mean of graceful minus plain over test examples, with a paired 95 % bootstrap interval.
 
@@ -207,28 +222,15 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         other = plain.get((row["learn"], row["seed"]))
         if row["variant"] == "plain" or other is None:
             continue
-        name = row["variant"]
-        for is_learned, table in ((True, learned), (False, forgotten)):
-            both = [
-                np.array(
-                    [
-                        float(right)
-                        for task, right in one["right"]
-                        if (task == row["learn"]) == is_learned
-                        and (is_learned or row["forget"] in (task, MIXED))
-                    ]
-                )
-                for one in (row, other)
-            ]
-            if len(both[0]):
-                table[name].append(tuple(both))
-                if is_learned:
-                    by_pair[f"{row['learn']}, {row['forget']}, {name}"].append(tuple(both))
+        name, learn = row["variant"], row["learn"]
+        let_go = [task for task in row["right"] if task != learn]
+        of_task = (rights(row, [learn]), rights(other, [learn]))
+        learned[name].append(of_task)
+        by_pair[f"{learn}, {row['forget']}, {name}"].append(of_task)
+        forgotten[name].append((rights(row, let_go), rights(other, let_go)))
         texts[name].append(row["perplexity"] / other["perplexity"])
     accuracy = {
-        f"{learn}, seed {seed}": float(
-            np.mean([right for task, right in row["right"] if task == learn])
-        )
+        f"{learn}, seed {seed}": float(rights(row, [learn]).mean())
         for (learn, seed), row in plain.items()
     }
     return {
@@ -247,20 +249,29 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def chosen_strength(folder: Path) -> float:
+def chosen_strength() -> float:
     """The strength with the best mean difference on the development tasks."""
-    path = folder / "develop.jsonl"
-    if not path.exists():
+    runs = measure.lines(runs_of("develop"))
+    if not runs:
         raise SystemExit("run --stage develop first, or give --strength")
-    learned = summarise(read_jsonl(path))["learned"]
+    learned = summarise(runs)["learned"]
     best = max(learned, key=lambda name: learned[name]["difference"])
     return float(best.removeprefix("strength "))
+
+
+def runs_of(stage: str) -> Path:
+    """The file of the runs of a stage."""
+    return measure.RESULTS / f"{NAMES[stage]}.jsonl"
+
+
+def settings_of(options: Any) -> dict[str, Any]:
+    """What all runs of a stage have in common."""
+    return {name: getattr(options, name) for name in SETTINGS}
 
 
 def main() -> None:
     """Run what is missing of a stage and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs, kept")
     parser.add_argument("--stage", choices=list(LEARN), default="report")
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--data", type=Path, help="folder of the public data")
@@ -274,27 +285,26 @@ def main() -> None:
     parser.add_argument("--strength", type=float, help="instead of the best on development")
     parser.add_argument("--summary", action="store_true", help="only write the result")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    path = options.work / f"{options.stage}.jsonl"
     strength = 0.0
     if options.stage == "report":
-        strength = options.strength or chosen_strength(options.work)
+        strength = options.strength or chosen_strength()
     if not options.summary:
-        run(options, path, strength)
-    rows = read_jsonl(path)
-    settings = {
-        name: value
-        for name, value in vars(options).items()
-        if name not in ("work", "data", "summary", "base")
-    }
+        run(options, strength)
+    rows = measure.lines(runs_of(options.stage))
+    settings = settings_of(options)
     content = {"settings": settings | {"strength": strength}, "runs": len(rows), **summarise(rows)}
-    write("graceful_study" if options.stage == "report" else "graceful_develop", content)
+    measure.write(NAMES[options.stage], content)
 
 
-def run(options: Any, path: Path, strength: float) -> None:
-    """Append every missing run to ``path``."""
+def run(options: Any, strength: float) -> None:
+    """Add every missing run to those that there are."""
     model = Model.load(options.base)
-    done = {row["key"] for row in read_jsonl(path)} if path.exists() else set()
+    path = runs_of(options.stage)
+    there = measure.lines(path)
+    settings = settings_of(options)
+    if any(row["options"] != settings for row in there):
+        raise SystemExit(f"The runs in {path.name} had other settings; give those, or remove it.")
+    done = {row["key"] for row in there}
     let_go = [
         read_task(f"bank:{name}", limit=options.limit)
         for name in FORGET[options.stage][: options.tasks]
@@ -309,8 +319,7 @@ def run(options: Any, path: Path, strength: float) -> None:
             for row in Study(model, task, let_go, seed, options).missing(
                 options.stage, strength, done
             ):
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                measure.add_line(path, row | {"options": settings})
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ def pages() -> dict[Path, str]:
             "sequence": sequence(),
             "protection": protection(),
             "stop": stop(),
+            "graceful": graceful(),
             **paper_blocks.blocks(),
             **auto_tables.blocks(),
         },
@@ -283,6 +284,26 @@ def protection() -> list[str]:
         cells = (f"{changed[part]} of {result['asked'][part]}" for part in ("held_out", "others"))
         found.append(row(arm, *cells))
     return found
+
+
+def graceful() -> list[str]:
+    """Graceful against plain fine-tuning: parameters on development tasks, results on others."""
+    found = []
+    for name, title in (("graceful_develop", "development"), ("graceful_study", "report")):
+        if (result := measured(name)) is None:
+            continue
+        for variant, learned in result["learned"].items():
+            cells = (points(learned), points(result["forgotten"][variant]))
+            ratio = f"x {result['perplexity_ratio'][variant]:.3f}"
+            found.append(row(title, variant, str(learned["runs"]), *cells, ratio))
+    head = ("tasks", "variant", "runs", "learned task", "tasks to forget", "perplexity")
+    return [row(*head), row(*["---"] * len(head)), *found] if found else MISSING
+
+
+def points(gap: dict[str, float]) -> str:
+    """A difference of accuracy in points, with its interval."""
+    shown = (f"{100 * gap[key]:+.1f}" for key in ("difference", "low", "high"))
+    return "{} ({} to {})".format(*shown)
 
 
 def number(score: dict[str, float | None]) -> str:

@@ -1,10 +1,14 @@
-"""The arithmetic of the study of graceful forgetting: what is compared with what."""
+"""The study of graceful forgetting: what is compared with what, and that it goes on."""
+
+import json
+import sys
 
 import numpy as np
 import pytest
 
+from benchmarks import graceful_study, measure
 from benchmarks.graceful_study import FORGET, LEARN, difference, summarise
-from unwrite.tasks import task_names
+from unwrite.tasks import Example, Task, task_names
 
 
 def row(variant, forget, rights, seed=0, perplexity=10.0):
@@ -20,8 +24,7 @@ def row(variant, forget, rights, seed=0, perplexity=10.0):
 
 
 def test_runs_are_compared_with_the_plain_run_of_their_task_and_seed():
-    plain = [["a", True], ["a", False], ["b", True], ["b", True], ["c", False]]
-    better = [["a", True], ["a", True], ["b", False], ["b", True], ["c", True]]
+    plain, better = {"a": "10", "b": "11", "c": "0"}, {"a": "11", "b": "01"}
     rows = [row("plain", "", plain), row("top", "b", better, perplexity=11.0)]
     rows.append(row("top", "b", better, seed=1))  # its plain run is missing: left out
     found = summarise(rows)
@@ -30,7 +33,7 @@ def test_runs_are_compared_with_the_plain_run_of_their_task_and_seed():
     assert found["learned"]["top"]["runs"] == 1
     assert found["forgotten"]["top"]["difference"] == -0.5  # of b alone
     assert found["perplexity_ratio"]["top"] == pytest.approx(1.1)
-    mixed = summarise([rows[0], row("top", "mixed", better)])
+    mixed = summarise([rows[0], row("top", "mixed", better | {"c": "1"})])
     assert mixed["forgotten"]["top"]["difference"] == pytest.approx(0.0)  # of b and c
 
 
@@ -48,3 +51,54 @@ def test_parameters_are_chosen_on_other_tasks_than_reported():
     assert not chosen & reported
     assert chosen | reported <= set(task_names())
     assert len(LEARN["report"]) >= 5 and len(FORGET["report"]) >= 5
+
+
+def test_both_stages_run_and_go_on_where_they_were(worlds, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    monkeypatch.setattr(graceful_study, "read_task", lambda name, limit: toy(worlds, name))
+    few = ("--tasks", "1", "--epochs", "1", "--seeds", "1", "--fisher", "4")
+
+    def study(*words):
+        given = [str(word) for word in ("", "--base", worlds().folder, *few, *words)]
+        monkeypatch.setattr(sys, "argv", given)
+        graceful_study.main()
+
+    with pytest.raises(SystemExit, match="develop first"):
+        study()
+    study("--stage", "develop")
+    study()
+    path = tmp_path / "graceful_study.jsonl"
+    found = json.loads((tmp_path / "graceful_study.json").read_text("utf-8"))
+    rows = measure.lines(path)
+    assert found["runs"] == len(rows) == 1 + 2 * len(graceful_study.variants("report", 0.1))
+    assert found["settings"]["strength"] in graceful_study.STRENGTHS
+    learn, let_go = LEARN["report"][0], FORGET["report"][0]
+    assert all(set(row["right"]) == {learn, let_go} for row in rows)
+    measure.write_jsonl(path, rows[:-1])
+    monkeypatch.setattr(graceful_study.Study, "_callback", _counted(monkeypatch))
+    study()
+    assert [row["key"] for row in measure.lines(path)] == [row["key"] for row in rows]
+    assert _counted.calls == 1, "only what was missing"
+    with pytest.raises(SystemExit, match="other settings"):
+        study("--every", "3")
+
+
+def toy(worlds, name):
+    """A task of that name in the few words that the toy model knows."""
+    relation = (
+        "job" if name.removeprefix("bank:") in {*LEARN["develop"], *LEARN["report"]} else "pet"
+    )
+    rows = [one for one in worlds().edits if one.relation == relation]
+    made = [Example(one.prompt, one.old, task=name.removeprefix("bank:")) for one in rows]
+    return Task(name.removeprefix("bank:"), tuple(made[:8]), tuple(made[8:12]))
+
+
+def _counted(monkeypatch):
+    real = graceful_study.Study._callback
+    _counted.calls = 0
+
+    def called(self, *given):
+        _counted.calls += 1
+        return real(self, *given)
+
+    return called
