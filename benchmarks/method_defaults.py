@@ -67,8 +67,8 @@ GRIDS: dict[str, list[dict[str, str]]] = {
     ]
     + [
         {"tuner": "lora", "tuner.lr": "1e-3", "tuner.epochs": "3", "tuner.until": "epochs"}
-        | {"tuner.targets": targets}
-        for targets in ("q,k,v,o,gate,up,down",)
+        | {"tuner.targets": "q,k,v,o,gate,up,down"},
+        {"tuner": "lora"},  # until learned, in every round
     ],
 }
 

@@ -58,7 +58,7 @@ METHODS: dict[str, dict[str, str]] = {
         "f-learning, full-lora": "f-learning:learn=lora",
         "f-learning, lora-lora": f"f-learning:forget=lora:{three('forget')}:learn=lora",
         "delicate, full-ft": "delicate",
-        "delicate, lora": "delicate:tuner=lora:tuner.epochs=2:tuner.until=epochs",
+        "delicate, lora": "delicate:tuner=lora",
     },
 }
 FIELDS = ("token", "token_low", "token_high", "n")

@@ -25,6 +25,7 @@ SCALE = ROOT / "docs" / "scale.md"
 TRUST = ROOT / "docs" / "trust.md"
 
 
+ROLES = ("reliability", "generality", "locality", "old_recall")
 MISSING = ["*Not measured yet.*"]
 TITLES = {"rmse": "RMSE", "f1": "F1", "pr_auc": "PR-AUC", "lift": "lift at 5 %"}
 
@@ -126,7 +127,8 @@ def development() -> list[str]:
 
 def study() -> list[str]:
     """The planted test records: means over the seeds that all methods of a table were run with,
-    token form; nothing before they were run."""
+    token form, and the harmonic mean beside that of full-ft with the same seed; nothing before they
+    were run."""
     try:
         tables = committed("planted_study")["tables"]
     except FileNotFoundError:
@@ -134,32 +136,47 @@ def study() -> list[str]:
     found = []
     for title, entries in tables.items():
         head = ("method", "seeds", "reliability", "generality", "locality", "harmonic mean")
-        found += ["", f"**{title}**", "", row(*head, "old recall", "perplexity")]
-        found.append(row(*["---"] * 8))
+        more = ("minus full-ft", "old recall", "perplexity")
+        found += ["", f"**{title}**", "", row(*head, *more)]
+        found.append(row(*["---"] * 9))
         names = dict.fromkeys(one["method"] for one in entries)
         by_method = {name: [one for one in entries if one["method"] == name] for name in names}
         every = set.intersection(
             *({one["seed"] for one in runs} for name, runs in by_method.items() if name[0] != "[")
         )
+        plain = {one["seed"]: _mean_of_three(one) for one in by_method.get("full-ft", [])}
         for method, runs in by_method.items():
             same = [one for one in runs if method[0] == "[" or one["seed"] in every]
-            scores = {
-                role: mean(one[role]["token"] for one in same)
-                for role in ("reliability", "generality", "locality", "old_recall")
-            }
-            three = [scores[role] for role in ("reliability", "generality", "locality")]
-            shown = [*three, harmonic_mean(three), scores["old_recall"]]
+            scores = {role: mean(one[role]["token"] for one in same) for role in ROLES}
+            means = {one["seed"]: _mean_of_three(one) for one in same}
+            gaps = [means[seed] - plain[seed] for seed in means if seed in plain]
+            compared = gaps and method != "full-ft"
             found.append(
                 row(
                     method,
                     str(len(same)),
-                    *(f"{100 * value:.1f}" for value in shown),
+                    *(f"{100 * scores[role]:.1f}" for role in ROLES[:3]),
+                    f"{100 * mean(means.values()):.1f}",
+                    _spread(gaps) if compared else "",
+                    f"{100 * scores['old_recall']:.1f}",
                     f"x {mean(one['perplexity_ratio'] for one in same):.2f}",
                 )
             )
     title = "### Planted records, in both regimes"
     where = "`python -m benchmarks.planted_study --data DATA --work WORK`, result in "
     return ["", title, *found, "", f"{where}`benchmarks/results/planted_study.json`.", ""]
+
+
+def _mean_of_three(entry: dict[str, Any]) -> float:
+    """The harmonic mean of a row's reliability, generality and locality."""
+    return harmonic_mean([entry[role]["token"] for role in ROLES[:3]])
+
+
+def _spread(gaps: list[float]) -> str:
+    """Differences in points: their mean, the least and the greatest."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(
+        *(100 * value for value in (mean(gaps), min(gaps), max(gaps)))
+    )
 
 
 def locate() -> list[str]:
