@@ -9,11 +9,11 @@ from architectures import ARCHITECTURES
 
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
+from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods.full_ft import FullFT
 from unwrite.model import Model, head_sees, pad
 from unwrite.testing import check_method
 from unwrite.training import (
-    ANSWER_TOKENS_PROTECTED,
     Pair,
     Recipe,
     fine_tune,
@@ -268,7 +268,7 @@ def test_protection_keeps_bystanders_nearer(model, worlds):
 def test_training_until_learned_also_waits_for_what_is_protected(model, worlds):
     pairs = new_pairs(worlds().edits[:3])
     kept = tuple(edit.prompt for edit in worlds().edits[20:24])
-    answers = model.generate(kept, ANSWER_TOKENS_PROTECTED)
+    answers = model.generate(kept, ANSWER_TOKENS_KEPT)
     sequences = [model.tokens(*one) for one in zip(kept, answers, strict=True)]
 
     def taught_and_lost(trained):

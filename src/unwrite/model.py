@@ -638,6 +638,26 @@ def pad(
     return ids, torch.tensor(rows), torch.tensor(columns), torch.tensor(targets)
 
 
+def mean_by_row(
+    values: torch.Tensor, rows: torch.Tensor, sequences: Sequence[Tokens]
+) -> torch.Tensor:
+    """Values (answer tokens,) of a batch averaged within each of its sequences: (sequences,).
+    ``rows`` is that of ``pad``."""
+    share = torch.tensor([1 / len(sequences[row].targets) for row in rows.tolist()])
+    sums = torch.zeros(len(sequences), device=values.device, dtype=values.dtype)
+    return sums.index_add(0, rows.to(values.device), values * share.to(values.device))
+
+
+def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
+    """Prompts with answers as tokens. Left out are those that cannot be read: too long, or answered
+    by nothing, or by what is no text to the tokenizer (a model may say such things)."""
+    found = []
+    for prompt, answer in asked:
+        with contextlib.suppress(BadEdits):
+            found += [model.tokens(prompt, answer)] if answer.strip() else []
+    return found
+
+
 def _judged(
     logits: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,12 +29,13 @@ from unwrite.edits import Edit
 from unwrite.errors import ModelUnavailable
 from unwrite.files import readable_size
 from unwrite.footprint import Footprint, Layout, Work
+from unwrite.kept import ANSWER_TOKENS_KEPT, numbers_kept
 from unwrite.methods.lora import LoRA
 from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
-from unwrite.training import ANSWER_TOKENS_PROTECTED, Recipe
+from unwrite.training import Recipe
 from unwrite.values import Search
 
 BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
@@ -317,10 +318,11 @@ class _Shape:
         return found
 
     def _protected(self, recipe: Recipe) -> int:
-        """Bytes of the distributions that protected prompts are to keep, at their longest."""
+        """Bytes of what is kept of the answers to protected prompts, at their longest."""
         prompts = len(recipe.protect) + recipe.neighbours * self.edits + recipe.own_prompts
-        vocabulary = self.network.get_output_embeddings().weight.shape[0]
-        return int(prompts * ANSWER_TOKENS_PROTECTED * vocabulary * footprint.FP32)
+        vocabulary, width = self.network.get_output_embeddings().weight.shape
+        positions = int(prompts) * ANSWER_TOKENS_KEPT
+        return footprint.FP32 * numbers_kept(positions, vocabulary, width)
 
     def _trained(self, recipe: Recipe) -> set[str]:
         names = {name for name, _ in self.network.named_parameters()}

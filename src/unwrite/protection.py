@@ -36,10 +36,10 @@ from unwrite.forgetting.examples import UpstreamExample
 from unwrite.forgetting.factorization import Factorization
 from unwrite.forgetting.matrix import Array, ForgettingMatrix
 from unwrite.forgetting.measurement import measure_margins
+from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods import fields_named, parts_of, replaced, settings_of
 from unwrite.model import Model
 from unwrite.prompts import Protected
-from unwrite.training import ANSWER_TOKENS_PROTECTED
 
 PROBE = 0.1  # of the epochs of the planned update
 OBSERVED = 30  # prompts that are measured on the probe (METHODS 5.4)
@@ -66,7 +66,7 @@ class Watched:
     @classmethod
     def of(cls, model: Model, protect: Sequence[Protected]) -> Watched:
         """Ask the model. Raises ``BadEdits`` for a prompt that it cannot read."""
-        said = model.generate([one.prompt for one in protect], ANSWER_TOKENS_PROTECTED)
+        said = model.generate([one.prompt for one in protect], ANSWER_TOKENS_KEPT)
         answered = [
             (one, UpstreamExample(f"{one.prompt} → {text.strip()}", one.prompt, text))
             for one, text in zip(protect, said, strict=True)

@@ -41,14 +41,13 @@ from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memory
-from unwrite.model import Model, Tokens, head_sees, length_batches, pad
+from unwrite.kept import KeptAnswers
+from unwrite.model import Model, Tokens, head_sees, length_batches, mean_by_row, pad
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.own_text import own_prompts
 from unwrite.progress import Measured
 from unwrite.sharding import difference, divided
-
-ANSWER_TOKENS_PROTECTED = 8  # of the model's own answer to a protected prompt
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def fine_tune(
         processes.called_in(model, _fine_tune_along, **orders),
         contextlib.ExitStack() as clean_up,
     ):
-        guard = _Protection.of(model, recipe, pairs)
+        guard = _guard(model, recipe, pairs)
         clean_up.callback(model.network.requires_grad_, True)
         _freeze_others(model, names)
         # A sharded copy is trained in place of this network.
@@ -290,7 +289,7 @@ def fine_tune_adapters(
         processes.called_in(model, fine_tune_adapters, **orders),
         contextlib.ExitStack() as clean_up,
     ):
-        guard = _Protection.of(model, recipe, next(iter(courses.values())))
+        guard = _guard(model, recipe, next(iter(courses.values())))
         if start is not None and len(start):
             clean_up.enter_context(model.shifted(start))
         clean_up.enter_context(_memory_errors(recipe))
@@ -312,16 +311,6 @@ def learned(model: Model, pairs: Sequence[Pair]) -> list[bool]:
     """For each pair, whether every token of its answer is the network's argmax now."""
     forced = model.force([model.tokens(pair.prompt, pair.answer) for pair in pairs])
     return [one.matched == len(one.targets) for one in forced]
-
-
-def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
-    """Prompts with answers as tokens. Left out are those that cannot be read: too long, or answered
-    by nothing, or by what is no text to the tokenizer (a model may say such things)."""
-    found = []
-    for prompt, answer in asked:
-        with contextlib.suppress(BadEdits):
-            found += [model.tokens(prompt, answer)] if answer.strip() else []
-    return found
 
 
 Row = tuple[Pair, Tokens]
@@ -346,7 +335,7 @@ class _Run:
         device: torch.device,
         recipe: Recipe,
         courses: Sequence[_Course],
-        guard: _Protection | None,
+        guard: KeptAnswers | None,
         *,
         after_step: AfterStep | None = None,
         loss: LossForm = "answer",
@@ -689,16 +678,7 @@ def row_losses(
     with head_sees(network, rows, columns):
         logits = network(input_ids=ids.to(device), use_cache=False).logits[0].float()
     losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
-    return _mean_by_row(losses, rows, sequences)
-
-
-def _mean_by_row(
-    values: torch.Tensor, rows: torch.Tensor, sequences: Sequence[Tokens]
-) -> torch.Tensor:
-    """Values (answer tokens,) of a batch averaged within each of its sequences: (sequences,)."""
-    share = torch.tensor([1 / len(sequences[row].targets) for row in rows.tolist()])
-    sums = torch.zeros(len(sequences), device=values.device, dtype=values.dtype)
-    return sums.index_add(0, rows.to(values.device), values * share.to(values.device))
+    return mean_by_row(losses, rows, sequences)
 
 
 def neutral_contexts(count: int) -> list[str]:
@@ -710,64 +690,21 @@ def neutral_contexts(count: int) -> list[str]:
     return sentences[:count]
 
 
-@dataclass
-class _Protection:
-    """Prompts that must go on being answered as before, with the distributions to be kept.
+def _guard(model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> KeptAnswers | None:
+    """What is to be kept, as the model of the first process says it now."""
+    asked = recipe.protect or recipe.neighbours or recipe.own_prompts
+    if not asked or recipe.protect_weight == 0:
+        return None
+    return processes.told(lambda: KeptAnswers.of(model, _to_keep(model, recipe, pairs)))
 
-    The network's own greedy answer (its first tokens) is forced, and the next-token distribution at
-    each of its positions is to stay: KL(before || now). Memory: 4 bytes x vocabulary a position.
-    """
 
-    sequences: list[Tokens]
-    logprobs: list[torch.Tensor]  # per sequence: (answer tokens, vocabulary), fp32, on the CPU
-
-    @classmethod
-    def of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
-        """What is to be kept, as the model of the first process says it now."""
-        asked = recipe.protect or recipe.neighbours or recipe.own_prompts
-        if not asked or recipe.protect_weight == 0:
-            return None
-        return processes.told(lambda: cls._of(model, recipe, pairs))
-
-    @classmethod
-    def _of(cls, model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> _Protection | None:
-        asked = [(pair.prompt, pair.subject) for pair in pairs]
-        guessed = neighbours(asked, recipe.neighbours, recipe.seed)
-        taught = {prompt for prompt, _ in asked}
-        own = (
-            one for one in own_prompts(model, recipe.own_prompts, recipe.seed) if one not in taught
-        )
-        prompts = tuple(dict.fromkeys((*recipe.protect, *guessed, *own)))
-        answers = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
-        sequences = readable(model, list(zip(prompts, answers, strict=True)))
-        if not sequences:
-            return None
-        kept: dict[int, torch.Tensor] = {}
-        with torch.no_grad():
-            for batch in length_batches([len(tokens.ids) for tokens in sequences], rows=16):
-                ids, rows, columns, _ = pad([sequences[index] for index in batch])
-                logprobs = model.logits_at(ids, rows, columns).log_softmax(dim=-1).cpu()
-                for row, index in enumerate(batch):
-                    kept[index] = logprobs[rows == row]
-        return cls(sequences, [kept[index] for index in range(len(sequences))])
-
-    def draw(self, random: torch.Generator, count: int) -> list[int]:
-        """``count`` protected sequences for one step, of similar length by neighbourhood."""
-        picks = torch.randperm(len(self.sequences), generator=random)[:count]
-        return [int(pick) for pick in picks]
-
-    def divergences(
-        self, network: Any, chosen: Sequence[int], device: torch.device
-    ) -> torch.Tensor:
-        """KL(before || now) of each chosen sequence, averaged over its answer: (chosen,)."""
-        sequences = [self.sequences[index] for index in chosen]
-        ids, rows, columns, _ = pad(sequences)
-        with head_sees(network, rows, columns):
-            logits = network(input_ids=ids.to(device), use_cache=False).logits[0]
-        now = logits.float().log_softmax(dim=-1)
-        before = torch.cat([self.logprobs[index] for index in chosen]).to(now.device)
-        divergence = (before.exp() * (before - now)).sum(dim=-1)
-        return _mean_by_row(divergence, rows, sequences)
+def _to_keep(model: Model, recipe: Recipe, pairs: Sequence[Pair]) -> list[str]:
+    """The prompts whose answers are to stay: given, made up, and the model's own."""
+    asked = [(pair.prompt, pair.subject) for pair in pairs]
+    guessed = neighbours(asked, recipe.neighbours, recipe.seed)
+    taught = {prompt for prompt, _ in asked}
+    own = (one for one in own_prompts(model, recipe.own_prompts, recipe.seed) if one not in taught)
+    return list(dict.fromkeys((*recipe.protect, *guessed, *own)))
 
 
 def _freeze_others(model: Model, names: Iterable[str]) -> None:

@@ -10,12 +10,13 @@ from unwrite.activations import mentions
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
+from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
-from unwrite.model import Model, Tokens
+from unwrite.model import Model, Tokens, readable
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
-from unwrite.training import ANSWER_TOKENS_PROTECTED, Trained, neutral_contexts, new_pairs, readable
+from unwrite.training import Trained, neutral_contexts, new_pairs
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
@@ -63,8 +64,8 @@ class Auto:
 
     In a home, ``keep_earlier`` protects what live updates taught as well.
 
-    Memory: that of full fine-tuning, and 4 bytes x vocabulary for each of the up to eight answer
-    tokens of every protected prompt.
+    Memory: that of full fine-tuning, a copy of the head, and 4 bytes x width for each of the up to
+    eight answer tokens of every protected prompt (see ``kept``).
     """
 
     budget: Literal["fast", "balanced", "thorough"] = "balanced"
@@ -243,7 +244,7 @@ class _Check:
         protected = set(neighbours(asked, amounts.neighbours, seed))
         others = neighbours(asked, CHECKED, seed + 1)
         prompts = [one for one in others if one not in protected]
-        said = model.generate(prompts, ANSWER_TOKENS_PROTECTED)
+        said = model.generate(prompts, ANSWER_TOKENS_KEPT)
         behind = [(f"{one} {pair.prompt}", pair.answer) for pair in pairs for one in unseen]
         text = neutral_text(WORDS_READ)
         return cls(
