@@ -46,7 +46,7 @@ METHODS: dict[str, dict[str, str]] = {
         "f-learning, full-lora": f"f-learning:learn=lora:{three('learn')}",
         "f-learning, lora-lora": f"f-learning:forget=lora:{three('forget')}:learn=lora"
         f":{three('learn')}",
-        "delicate, full-ft": f"delicate:rounds=1:{three('tuner')}",
+        "delicate, full-ft": f"delicate:rounds=1:{three('tuner')}:tuner.lr=5e-5",
         "delicate, lora": f"delicate:rounds=1:tuner=lora:{three('tuner')}",
     },
     "until learned": {

@@ -102,14 +102,14 @@ def development() -> list[str]:
             "generality",
             "locality",
             "harmonic mean",
+            "minus full-ft",
             "old recall",
             "perplexity",
             "time",
         ),
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        row(*["---"] * 11),
     ]
     grids = committed("method_defaults")["development"]
-    yardstick = next(one for one in grids["full-ft"] if one["settings"] == {"lr": "3e-5"})
     for name, settings in grids.items():
         for one in settings:
             chosen = ", ".join(f"{key}={value}" for key, value in one["settings"].items())
@@ -117,10 +117,8 @@ def development() -> list[str]:
                 f"{100 * one[key]:.0f}"
                 for key in ("reliability", "generality", "locality", "harmonic_mean", "old_recall")
             ]
-            times = (
-                f"x {one['perplexity_ratio']:.2f}",
-                f"x {one['seconds'] / yardstick['seconds']:.1f}",
-            )
+            scores.insert(-1, gap(one["minus_full_ft"], one["lowest"], one["highest"]))
+            times = (f"x {one['perplexity_ratio']:.2f}", f"x {one['times_full_ft']:.1f}")
             found.append(row(name, chosen, str(one["runs"]), *scores, *times))
     return found
 
@@ -157,7 +155,7 @@ def study() -> list[str]:
                     str(len(same)),
                     *(f"{100 * scores[role]:.1f}" for role in ROLES[:3]),
                     f"{100 * mean(means.values()):.1f}",
-                    _spread(gaps) if compared else "",
+                    gap(mean(gaps), min(gaps), max(gaps)) if compared else "",
                     f"{100 * scores['old_recall']:.1f}",
                     f"x {mean(one['perplexity_ratio'] for one in same):.2f}",
                 )
@@ -172,11 +170,9 @@ def _mean_of_three(entry: dict[str, Any]) -> float:
     return harmonic_mean([entry[role]["token"] for role in ROLES[:3]])
 
 
-def _spread(gaps: list[float]) -> str:
-    """Differences in points: their mean, the least and the greatest."""
-    return "{:+.1f} ({:+.1f} to {:+.1f})".format(
-        *(100 * value for value in (mean(gaps), min(gaps), max(gaps)))
-    )
+def gap(value: float, low: float, high: float) -> str:
+    """A difference in points, and the range that goes with it."""
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * one for one in (value, low, high)))
 
 
 def locate() -> list[str]:
@@ -310,17 +306,12 @@ def graceful() -> list[str]:
         if (result := measured(name)) is None:
             continue
         for variant, learned in result["learned"].items():
-            cells = (points(learned), points(result["forgotten"][variant]))
+            both = (learned, result["forgotten"][variant])
+            cells = [gap(one["difference"], one["low"], one["high"]) for one in both]
             ratio = f"x {result['perplexity_ratio'][variant]:.3f}"
             found.append(row(title, variant, str(learned["runs"]), *cells, ratio))
     head = ("tasks", "variant", "runs", "learned task", "tasks to forget", "perplexity")
     return [row(*head), row(*["---"] * len(head)), *found] if found else MISSING
-
-
-def points(gap: dict[str, float]) -> str:
-    """A difference of accuracy in points, with its interval."""
-    shown = (f"{100 * gap[key]:+.1f}" for key in ("difference", "low", "high"))
-    return "{} ({} to {})".format(*shown)
 
 
 def number(score: dict[str, float | None]) -> str:

@@ -103,7 +103,10 @@ METHODS = {
     ),
     "lora": ("--method", "lora", "--set", "epochs=3", "--set", "batch_size=4"),
     "ft-c": ("--method", "ft-c", "--set", "epochs=3", "--set", "layer=0.5"),
-    "delicate": ("--method", "delicate", "--set", "rounds=2", "--set", "tuner.lr=1e-3"),
+    "delicate": (
+        *("--method", "delicate", "--set", "rounds=2", "--set", "tuner.lr=1e-3"),
+        *("--set", "tuner.epochs=2", "--set", "tuner.until=epochs"),
+    ),
     "delicate-lora": ("--method", "delicate", "--set", "rounds=1", "--set", "tuner=lora"),
     "f-learning": ("--method", "f-learning", "--set", "learn.lr=1e-3"),
     "f-learning-lora": (

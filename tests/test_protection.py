@@ -202,7 +202,7 @@ def test_growth_is_what_past_updates_of_the_method_had():
         (unwrite.FullFT(epochs=20), (2,)),
         (unwrite.LoRA(epochs=5), (1,)),
         (unwrite.FLearning(learn=unwrite.FullFT(epochs=30)), (1, 3)),
-        (unwrite.Delicate(), (1,)),
+        (unwrite.Delicate(), (2,)),
     ],
 )
 def test_a_probe_is_short_and_not_protected(method, epochs):

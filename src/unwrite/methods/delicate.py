@@ -50,7 +50,7 @@ class Delicate:
     keep: Literal["new", "difference"] = "new"
     old: OldAnswers = "data"
     conflict: bool = True
-    tuner: Tuner = field(default_factory=lambda: FullFT(epochs=2, until="epochs", lr=5e-5))
+    tuner: Tuner = field(default_factory=FullFT)
 
     name: ClassVar[str] = "delicate"
     paper: ClassVar[str] = "Delicate Fine-Tuning (DFT)"
