@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.full_ft_defaults import sample
-from benchmarks.measure import RESULTS, write
-from benchmarks.method_defaults import SHOWN, harmonic, keep, lines, scored
-from benchmarks.planted_study import DATA
+from benchmarks.measure import RESULTS, add_line, lines, write
+from benchmarks.method_defaults import harmonic, scored
+from benchmarks.planted_study import DATA, ROLES
 from unwrite import Edit, load, methods, read_edits
 from unwrite.methods.auto import Auto
 from unwrite.model import Model
@@ -62,7 +62,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for kind in options.kinds.split(","):
                 run_missing(model, kind, seed, options)
-    write("auto_study", {"tables": summary(list(lines(RUNS)))})
+    write("auto_study", {"tables": summary(lines(RUNS))})
 
 
 def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace) -> None:
@@ -78,10 +78,10 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
     chosen_methods = [built(name, seed) for name in missing]
     planted = kind not in ("atlas", "known-counterfact")
     found = scored(model, edits, chosen_methods, planted=planted)
-    asked = [one.prompt for one in questions(edits) if one.role in SHOWN]
+    asked = [one.prompt for one in questions(edits) if one.role in ROLES]
     for name, method, one in zip(missing, chosen_methods, found, strict=True):
         told = {"variant": name, "protected_probes": overlap(method, edits, asked)}
-        keep(RUNS, key | told | one)
+        add_line(RUNS, key | told | one)
 
 
 def built(name: str, seed: int) -> Any:
@@ -131,7 +131,7 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "variant": name,
         "seeds": len(runs),
-        **{role: statistics.mean(one["token"][role] for one in runs) for role in SHOWN},
+        **{role: statistics.mean(one["token"][role] for one in runs) for role in ROLES},
         "harmonic_mean": statistics.mean(means),
         "lowest": min(means),
         "highest": max(means),

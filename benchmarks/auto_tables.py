@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.measure import RESULTS, committed
+from benchmarks.planted_study import ROLES
 
 KINDS = {
     "counterfact": "CounterFact, planted",
@@ -12,7 +13,6 @@ KINDS = {
     "known-counterfact": "CounterFact, known to the model",
     "atlas": "atlas, known to the model",
 }
-SHOWN = ("reliability", "generality", "locality", "old_recall")
 
 
 def blocks() -> dict[str, list[str]]:
@@ -44,7 +44,7 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
                 f"{table['facts']} {KINDS[table['kind']]}",
                 one["variant"],
                 str(one["seeds"]),
-                *(f"{100 * one[role]:.1f}" for role in SHOWN),
+                *(f"{100 * one[role]:.1f}" for role in ROLES),
                 f"{100 * one['harmonic_mean']:.1f}{spread}",
                 f"x {one['perplexity_ratio']:.2f}",
                 f"x {one['seconds'] / plain['seconds']:.1f}" if plain else "",

@@ -94,7 +94,8 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def add_line(path: Path, row: dict[str, Any]) -> None:
-    """One more row, whole on disk when this returns."""
+    """One more row, whole on disk when this returns, and printed: long studies show progress."""
+    print(json.dumps(row), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, [*lines(path), row])
 

@@ -11,16 +11,15 @@ result and not repeated. Nothing here touches a test split.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.full_ft_defaults import forced, sample
-from benchmarks.measure import RESULTS, write
+from benchmarks.measure import RESULTS, add_line, lines, write
+from benchmarks.planted_study import DATA, ROLES
 from unwrite import Edit, load, methods, read_edits
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.probes import run
@@ -30,7 +29,6 @@ from unwrite.scores import score
 from unwrite.training import Pair
 
 PLANTING = FullFT(epochs=3, until="epochs", lr=1e-4)
-SHOWN = ("reliability", "generality", "locality", "old_recall")
 RUNS = RESULTS / "method_defaults.jsonl"
 YARDSTICK = ("full-ft", {"lr": "3e-5"})
 
@@ -122,7 +120,7 @@ def run_setting(
     found = scored(model, facts, chosen, planted=kind != "atlas")
     for (name, settings), one in zip(wanted, found, strict=True):
         key = {"kind": kind, "seed": seed, "facts": len(facts), "method": name}
-        keep(RUNS, key | {"settings": settings} | one | {"seconds": round(one["seconds"], 1)})
+        add_line(RUNS, key | {"settings": settings} | one | {"seconds": round(one["seconds"], 1)})
 
 
 def scored(
@@ -135,7 +133,7 @@ def scored(
         start = 0.0 * start
     text = neutral_text(600)
     with model.shifted(start):
-        probes = [one for one in settle(model, questions(facts)) if one.role in SHOWN]
+        probes = [one for one in settle(model, questions(facts)) if one.role in ROLES]
         before, read = forced(model, probes), perplexity(model, text)
         for method in chosen:
             started = time.perf_counter()
@@ -145,21 +143,12 @@ def scored(
                 scores = score(before, forced(model, probes))
                 ratio = perplexity(model, text) / read
             yield {
-                "token": {role: scores[role].token for role in SHOWN},
-                "n": {role: scores[role].n for role in SHOWN},
+                "token": {role: scores[role].token for role in ROLES},
+                "n": {role: scores[role].n for role in ROLES},
                 "perplexity_ratio": ratio,
                 "seconds": seconds,
                 "notes": delta.provenance.get("notes", {}).get("sentences", []),
             }
-
-
-def keep(runs: Path, line: Mapping[str, Any]) -> None:
-    """Add a finished run to the file of them."""
-    print(json.dumps(line), flush=True)
-    with runs.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def development(model: Model, kind: str, data: Path, seed: int, count: int) -> list[Edit]:
@@ -167,20 +156,13 @@ def development(model: Model, kind: str, data: Path, seed: int, count: int) -> l
     if kind == "atlas":
         known = list(read_edits("atlas", known_to=model))
         return sample(known[0::2], count, seed)
-    files = {"counterfact": "counterfact_easyedit_2000.json", "zsre": "zsre_mend_eval_700.json"}
-    limit = {"counterfact": 500, "zsre": 200}[kind]
-    return sample(read_edits(data / files[kind], limit=limit), count, seed)
+    file, limit = DATA[kind]
+    return sample(read_edits(data / file, limit=limit), count, seed)
 
 
 def finished() -> list[tuple[str, int, str, dict[str, str]]]:
     """What is in ``RUNS``."""
-    return [(run["kind"], run["seed"], run["method"], run["settings"]) for run in lines()]
-
-
-def lines(runs: Path = RUNS) -> Iterator[dict[str, Any]]:
-    """The runs so far."""
-    if runs.exists():
-        yield from (json.loads(line) for line in runs.read_text("utf-8").splitlines())
+    return [(run["kind"], run["seed"], run["method"], run["settings"]) for run in lines(RUNS)]
 
 
 def summarise() -> None:
@@ -189,12 +171,13 @@ def summarise() -> None:
     table: dict[str, list[dict[str, Any]]] = {}
     plain = {
         (one["kind"], one["seed"]): one
-        for one in lines()
+        for one in lines(RUNS)
         if (one["method"], one["settings"]) == YARDSTICK
     }
     for name in GRIDS:
         for settings in GRIDS[name]:
-            runs = [one for one in lines() if (one["method"], one["settings"]) == (name, settings)]
+            chosen = (name, settings)
+            runs = [one for one in lines(RUNS) if (one["method"], one["settings"]) == chosen]
             if not runs:
                 continue
             beside = [plain[one["kind"], one["seed"]] for one in runs]
@@ -202,7 +185,7 @@ def summarise() -> None:
                 harmonic(one["token"]) - harmonic(other["token"])
                 for one, other in zip(runs, beside, strict=True)
             ]
-            means = {role: statistics.mean(one["token"][role] for one in runs) for role in SHOWN}
+            means = {role: statistics.mean(one["token"][role] for one in runs) for role in ROLES}
             table.setdefault(name, []).append(
                 {
                     "settings": settings,

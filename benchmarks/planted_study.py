@@ -100,8 +100,9 @@ def run_missing(options: argparse.Namespace, kind: str, regime: str, seed: int) 
 
 def committed(kind: str, regime: str) -> list[dict[str, Any]]:
     """The rows of one table in the committed result."""
-    result = measure.RESULTS / "planted_study.json"
-    tables = json.loads(result.read_text("utf-8"))["tables"] if result.exists() else {}
+    if not (measure.RESULTS / "planted_study.json").exists():
+        return []
+    tables = measure.committed("planted_study")["tables"]
     return list(tables.get(f"{kind}, {regime}", []))
 
 

@@ -22,7 +22,8 @@ from unittest import mock
 
 from benchmarks.full_ft_defaults import forced
 from benchmarks.measure import write
-from benchmarks.method_defaults import SHOWN, harmonic
+from benchmarks.method_defaults import harmonic
+from benchmarks.planted_study import ROLES
 from unwrite import Edit, FullFT, load, read_edits, training
 from unwrite.model import Model
 from unwrite.observe import neutral_text, perplexity, questions, settle
@@ -88,7 +89,7 @@ def measured(
         scores = score(before, forced(model, probes))
         same = [one.matched == len(one.targets) for one in model.force(sequences)]
         after = perplexity(model, text)
-    token = {name: scores[name].token for name in SHOWN}
+    token = {name: scores[name].token for name in ROLES}
     return {
         **token,
         "harmonic_mean": harmonic(token),

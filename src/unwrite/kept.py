@@ -4,7 +4,7 @@ The network's own greedy answer to a prompt (its first tokens) is forced, and th
 distribution before each of its tokens is to stay: KL(before || now).
 
 A distribution has a number for every word of the vocabulary, which for thousands of prompts is tens
-of gigabytes. But it is the head's view of a hidden state, which is a hundred times smaller: so the
+of gigabytes. But it is the head's view of a hidden state, which is many times smaller: so the
 hidden states are kept, with a copy of the head as it was, wherever that takes less and the head is
 followed by nothing but a scale. Elsewhere (soft-capped logits) the distributions are kept.
 """
