@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,10 @@ from unwrite.forgetting import (
     UpstreamExample,
     collect,
     evaluate,
-    measure,
     read_examples,
 )
 from unwrite.forgetting.fitting import MODELS
 from unwrite.forgetting.protocol import summary
-from unwrite.model import Model
 from unwrite.progress import Reporter, Silent
 from unwrite.tasks import read_tasks
 from unwrite.training import Pair
@@ -95,7 +92,6 @@ def run(
         "tasks": len(matrix.tasks),
         "examples": len(matrix.examples),
         "seconds": dict(done.seconds),
-        "measuring": measuring_speed(model, watched),
         "forgotten_share": float((matrix.values > 0).mean()),
         "spread": float(matrix.values.std()),
         "rank_profile": matrix.rank_profile(),
@@ -181,21 +177,6 @@ def tested(
     better = {"factorization, chosen": models["factorization"]}
     rows += evaluate(matrix, better, new, past, chosen)
     return summary(rows)
-
-
-def measuring_speed(
-    model: Model, examples: Sequence[UpstreamExample], sample: int = 40
-) -> Mapping[str, float]:
-    """Examples a second, in batches and one at a time (on a sample)."""
-    few = list(examples)[:: max(1, len(examples) // sample)]
-    started = time.perf_counter()
-    measure(model, examples)
-    batched = len(examples) / (time.perf_counter() - started)
-    started = time.perf_counter()
-    for example in few:
-        measure(model, [example])
-    single = len(few) / (time.perf_counter() - started)
-    return {"batched": batched, "one_at_a_time": single, "ratio": batched / single}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -69,6 +69,7 @@ SUITE = {
         30,
     ),
     "fisher": Measurement("Fisher information at once, and one by one", (), 15),
+    "measuring_examples": Measurement("upstream examples in batches, and one by one", (), 3),
     "forecast_speed": Measurement("a forecast for a new task", (), 3),
     "callback_overhead": Measurement("graceful forgetting in a Trainer, and without", (), 8),
     "startup": Measurement("import and --help", (), 1),

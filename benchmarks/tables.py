@@ -59,6 +59,7 @@ def pages() -> dict[Path, str]:
                 *locate_rows(),
                 *product_rows(),
                 *peer_rows(),
+                *forgetting_rows(),
                 *callback_rows(),
             ]
         },
@@ -723,6 +724,47 @@ def delicate_rows() -> list[str]:
             "3x",
         ),
     ]
+
+
+def forgetting_rows() -> list[str]:
+    """Measuring upstream examples, forecasting a task, and the Fisher information."""
+    lines = []
+    if (found := measured("measuring_examples")) is not None:
+        floor = found["floor_seconds"]["batched"]
+        lines.append(
+            row(
+                f"measuring {found['examples']:,} upstream examples against one at a time by "
+                "transformers; one at a time by our own code; against the floor of its products",
+                f"{spread(found['one_at_a_time_over_batched'])} faster; "
+                f"{spread(found['one_at_a_time_by_measure_over_batched'])}; "
+                f"{median(found['seconds']['batched']) / floor:.2f}x",
+                "5x",
+            )
+        )
+    speed = committed("forecast_speed")
+    lines.append(
+        row(
+            f"a forecast for a new task ({speed['seen']} of {speed['examples']:,} examples seen, "
+            f"{speed['tasks']} past tasks); the fit; against the published fit of the new task "
+            "(a part timed and scaled; equal to scikit-surprise's to rounding)",
+            f"{speed['forecast_milliseconds']['median']:.1f} ms; {speed['fit_seconds']:.1f} s; "
+            f"{speed['published']['times_slower_than_a_forecast']:,.0f}x faster",
+            "5 ms; 10 s; 1,000x",
+        )
+    )
+    fisher = committed("fisher")
+    lines.append(
+        row(
+            f"Fisher information of {fisher['examples']} examples against one backward pass each; "
+            "confidence of as many against forward and backward at batch size 8, both terms; "
+            "the first order alone",
+            f"{spread(fisher['times_faster_than_one_by_one'])} faster; "
+            f"{spread(fisher['confidence_over_forward_backward'])}; "
+            f"{spread(fisher['first_order_over_forward_backward'])}",
+            "4x; 1x; three forward passes",
+        )
+    )
+    return lines
 
 
 def callback_rows() -> list[str]:
