@@ -37,6 +37,7 @@ from unwrite.forgetting.features import make_features
 from unwrite.forgetting.fitting import MODELS
 from unwrite.forgetting.protocol import METRICS, summary
 from unwrite.forgetting.similarity import Features, models_beside
+from unwrite.training import Pair
 
 BANK, UPDATES = "bank/", "atlas/"
 REVEALED, FOLDS = 30, 5
@@ -54,15 +55,22 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(options.matrix)
     matrix = ForgettingMatrix.load(folder)
-    describe(folder, matrix, [kind for kind in options.features.split(",") if kind], options.base)
+    learned = tasks_of_bundled_text(None, PAIRS)
+    tasks = {name: learned[name] for name in matrix.tasks}
+    kinds = [kind for kind in options.features.split(",") if kind]
+    describe(folder, matrix, kinds, options.base, tasks)
     result = run(matrix, models_beside(folder, matrix), options.seeds, options.published)
     write("forgetting_prediction", result)
 
 
-def describe(folder: Path, matrix: ForgettingMatrix, kinds: Sequence[str], base: str) -> None:
+def describe(
+    folder: Path,
+    matrix: ForgettingMatrix,
+    kinds: Sequence[str],
+    base: str,
+    tasks: Mapping[str, Sequence[Pair]],
+) -> None:
     """Make the features of these kinds, unless they are there for these tasks already."""
-    learned = tasks_of_bundled_text(None, PAIRS)
-    tasks = {name: learned[name] for name in matrix.tasks}
     examples = from_details(matrix.examples, matrix.example_details)
     for kind in kinds:
         try:
@@ -86,7 +94,7 @@ def run(
         "published, scaled": PublishedFactorization(scaled=True),
         "published neighbours": PublishedNeighbours(),
     }
-    splits = {"in_domain": _folds(bank), "out_of_domain": [(updates, bank)]}
+    splits = {"in_domain": folds(bank), "out_of_domain": [(updates, bank)]}
     found: dict[str, Any] = {
         "tasks": {"bank": len(bank), "updates": len(updates)},
         "examples": len(matrix.examples),
@@ -114,11 +122,12 @@ def table(
     parts: Sequence[tuple[Sequence[int], Sequence[int]]],
     models: Mapping[str, Any],
     seeds: int,
+    threshold: float = 0.0,
     choose: str = "random",
 ) -> Table:
     """Mean and spread over seeds by model and metric; a seed's score is its mean over the parts,
-    each (new tasks, past tasks)."""
-    trial = Trial(revealed=_revealed(matrix), seeds=tuple(range(seeds)), choose=choose)
+    each (new tasks, past tasks). What lost more than ``threshold`` is forgotten."""
+    trial = Trial(_revealed(matrix), tuple(range(seeds)), choose=choose, threshold=threshold)
     by_part = [evaluate(matrix, models, new, past, trial) for new, past in parts]
     rows = []
     for same in zip(*by_part, strict=True):
@@ -130,10 +139,11 @@ def table(
     return summary(rows)
 
 
-def _folds(bank: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    order = np.random.default_rng(0).permutation(bank)
+def folds(tasks: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Every task is new once: (new, past) for each fifth of them."""
+    order = np.random.default_rng(0).permutation(tasks)
     parts = [part.tolist() for part in np.array_split(order, FOLDS) if len(part)]
-    return [(part, [task for task in bank if task not in part]) for part in parts] or [([], [])]
+    return [(part, [task for task in tasks if task not in part]) for part in parts] or [([], [])]
 
 
 def _revealed(matrix: ForgettingMatrix) -> int:

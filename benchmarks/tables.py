@@ -68,7 +68,8 @@ def pages() -> dict[Path, str]:
             "locate": locate(),
             "choices": choices(),
             "study": study(),
-            "forecasts": forecasts(),
+            "forecasts": forecasts("forgetting_prediction"),
+            "forecasts of updates": forecasts("forgetting_updates"),
             "replay": replay(),
             "sequence": sequence(),
             "protection": protection(),
@@ -222,10 +223,10 @@ def stop() -> list[str]:
     return found
 
 
-def forecasts() -> list[str]:
+def forecasts(name: str) -> list[str]:
     """Forecasts of what new tasks destroy, in and out of domain, the best in domain first; below
     them, how much of the matrix simple models explain."""
-    result = measured("forgetting_prediction")
+    result = measured(name)
     if result is None:
         return MISSING
     splits = [name for name in ("in_domain", "out_of_domain") if name in result]

@@ -10,10 +10,11 @@ from benchmarks import (
     forgetting_prediction,
     forgetting_replay,
     forgetting_sequence,
+    forgetting_updates,
     protection,
     tables,
 )
-from unwrite.forgetting import ForgettingMatrix, UpstreamExample, measure
+from unwrite.forgetting import ForgettingMatrix, UpstreamExample, collect, measure
 from unwrite.forgetting.similarity import Features, Similarity
 from unwrite.model import Model
 from unwrite.prompts import Protected
@@ -60,7 +61,7 @@ def test_all_models_are_tried_in_and_out_of_domain(monkeypatch):
         assert table["similarity"]["rmse"]["mean"] > table["factorization"]["rmse"]["mean"]
     json.dumps(result, allow_nan=False)
     monkeypatch.setattr(tables, "measured", lambda _name: result)
-    lines = tables.forecasts()
+    lines = tables.forecasts("forgetting_prediction")
     assert len(lines) == 2 + len(result["in_domain"]) + 4
     best = min(result["in_domain"], key=lambda one: result["in_domain"][one]["rmse"]["mean"])
     assert lines[2].startswith(f"| {best} | {result['in_domain'][best]['rmse']['mean']:.3f}")
@@ -69,7 +70,7 @@ def test_all_models_are_tried_in_and_out_of_domain(monkeypatch):
 
 
 def test_folds_are_new_once_and_never_their_own_past():
-    parts = forgetting_prediction._folds(list(range(17)))
+    parts = forgetting_prediction.folds(list(range(17)))
     assert sorted(task for new, _ in parts for task in new) == list(range(17))
     assert all(not set(new) & set(past) and len(new) + len(past) == 17 for new, past in parts)
 
@@ -198,4 +199,26 @@ def test_protection_is_measured_with_and_without(model, tmp_path, monkeypatch):
         changed = sum(one["lost"] > one["margin"] for one in free)
         assert changed == row["changed"]["none"]["held_out"]
     assert result["changed"]["all"]["others"] <= result["changed"]["none"]["others"]
+    json.dumps(result, allow_nan=False)
+
+
+def test_updates_are_tasks_and_their_bystanders_examples(model, tmp_path):
+    edits = toy_edits()
+    tasks = {
+        **forgetting_updates.tasks_of("atlas", edits[:10], 2),
+        **forgetting_updates.tasks_of("counterfact", edits[10:20], 2),
+    }
+    assert len(tasks) == 10
+    assert tasks["atlas/1"] == [Pair(edit.prompt, edit.new) for edit in edits[2:4]]
+    examples = forgetting_updates.bystanders_of(edits[:20])
+    prompts = {one.prompt for one in examples}
+    assert prompts == {probe.prompt for edit in edits[:20] for probe in edit.bystanders}
+    assert len(prompts) == len(examples)
+    matrix = collect(model, tasks, examples, TUNER, tmp_path / "matrix").matrix
+    result = forgetting_updates.run(matrix, seeds=2)
+    assert result["tasks"] == {"atlas": 5, "counterfact": 5}
+    for split in ("in_domain", "out_of_domain"):
+        assert result[split]["factorization"]["rmse"]["mean"] >= 0
+    forgotten = (matrix.values > np.log(2)).mean()
+    assert result["forgotten_share"] == pytest.approx(forgotten)
     json.dumps(result, allow_nan=False)
