@@ -54,6 +54,18 @@ def test_values_and_gradients_are_those_of_torch(wide_in, wide_out, lead, bias, 
     assert all(close(one, other) for one, other in zip(*asked, strict=True))
 
 
+@pytest.mark.parametrize("sizes", [(4, 5, 6), (900, 14, 600), (96, 600, 200)])
+@pytest.mark.parametrize("gains", [True, False])
+def test_a_product_is_that_of_torch_however_its_operands_lie(sizes, gains, monkeypatch):
+    monkeypatch.setattr(products, "gains", lambda: gains)
+    count, wide_in, wide_out = sizes
+    rows, weight = torch.randn(wide_in, count).t(), torch.randn(wide_in, wide_out).t()
+    for one in (rows, rows.contiguous()):
+        for other in (weight, weight.contiguous()):
+            exact = (one.double() @ other.double().t()).float()
+            assert torch.allclose(products.multiply(one, other), exact, rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_bits_every_time_and_without_gradients():
     _, ours = pair(300, 400)
     rows = torch.randn(17, 300)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 SMALLEST = 1 << 16  # elements of a weight; below, the call takes longer than the product
+LARGE = 1 << 20  # multiplications of one product; likewise
 
 
 class Linear(torch.nn.Linear):
@@ -65,6 +66,15 @@ def multiply_fast(network: torch.nn.Module) -> None:
     for module in network.modules():
         if type(module) is torch.nn.Linear and module.weight.numel() >= SMALLEST:
             module.__class__ = Linear
+
+
+def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``rows`` (n, in) times the transpose of ``weight`` (out, in): (n, out), by oneDNN where this
+    processor gains by it and the product is large. Not differentiable."""
+    large = rows.numel() * weight.shape[0] >= LARGE
+    if large and gains() and _fits(rows, weight):
+        return _multiply(rows, weight)
+    return rows @ weight.t()
 
 
 @functools.cache
