@@ -89,6 +89,13 @@ def tasks_of_bundled_text(most: int | None, pairs: int) -> dict[str, list[Pair]]
     return found
 
 
+def changed_by(task: str) -> set[str]:
+    """The prompts that ask for what a knowledge update changes; none for a bundled task."""
+    kind, _, relation = task.partition("/")
+    facts = [edit for edit in read_edits(UPDATES) if kind == UPDATES and edit.relation == relation]
+    return {prompt for fact in facts for prompt in (fact.prompt, *fact.paraphrases)}
+
+
 def examples_of_bundled_text(
     most: int | None = None, of_each_task: int = 5
 ) -> list[UpstreamExample]:

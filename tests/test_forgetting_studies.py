@@ -7,6 +7,7 @@ import pytest
 
 import unwrite
 from benchmarks import (
+    forgetting_matrix,
     forgetting_prediction,
     forgetting_replay,
     forgetting_sequence,
@@ -69,6 +70,20 @@ def test_all_models_are_tried_in_and_out_of_domain(monkeypatch):
     assert "in_domain" in half and "out_of_domain" not in half  # still being collected
 
 
+def test_what_an_update_changes_is_not_forecast():
+    capital = next(edit for edit in unwrite.read_edits("atlas") if edit.relation == "capital")
+    examples = {"own": capital.prompt, "again": capital.paraphrases[0], "other": "Who?"}
+    matrix = ForgettingMatrix(
+        np.ones((2, 3)),
+        ("atlas/capital", "bank/a"),
+        tuple(examples),
+        example_details={name: {"prompt": prompt} for name, prompt in examples.items()},
+    )
+    left = forgetting_prediction.collateral(matrix)
+    np.testing.assert_array_equal(np.isnan(left.values), [[True, True, False], [False] * 3])
+    assert left.tasks == matrix.tasks and left.examples == matrix.examples
+
+
 def test_folds_are_new_once_and_never_their_own_past():
     parts = forgetting_prediction.folds(list(range(17)))
     assert sorted(task for new, _ in parts for task in new) == list(range(17))
@@ -110,6 +125,40 @@ def test_replay_is_run_once_and_never_shows_what_is_held_out(model, watched, tmp
     monkeypatch.setattr(tables, "measured", lambda _name: {"arms": found})
     assert [line.split(" | ")[0] for line in tables.replay()[2:]] == [f"| {arm}" for arm in found]
     assert 0 < found["truth"]["p"] <= 1
+
+
+def test_what_an_update_changes_is_neither_replayed_nor_held_out(model, tmp_path, monkeypatch):
+    capitals = [edit for edit in unwrite.read_edits("atlas") if edit.relation == "capital"]
+    own = forgetting_matrix.changed_by("atlas/capital")
+    assert {capitals[0].prompt, capitals[0].paraphrases[0]} <= own
+    assert forgetting_matrix.changed_by("bank/capital") == set()
+    others = [edit for edit in unwrite.read_edits("atlas") if edit.relation != "capital"]
+    assert not own & {edit.prompt for edit in others}
+    watched = [
+        UpstreamExample(str(edit.id), edit.prompt, edit.old)
+        for edit in (*capitals[:6], *toy_edits()[:10])
+    ]
+    matrix = ForgettingMatrix(
+        np.random.default_rng(0).normal(size=(3, 16)),
+        ("atlas/capital", "bank/a", "bank/b"),
+        tuple(one.name for one in watched),
+        example_details={one.name: one.details() for one in watched},
+    )
+    shown, seen = [], []
+    monkeypatch.setattr(
+        forgetting_replay, "mix", lambda pairs, replayed: shown.extend(replayed) or pairs
+    )
+    tasks = {"atlas/capital": [Pair(one.prompt, one.old) for one in toy_edits()[:4]] * 6}
+    monkeypatch.setattr(forgetting_replay, "ARMS", ("random", "truth"))
+
+    def measured(_model, examples):
+        seen.append([one.prompt in own for one in examples])
+        return np.array(seen[-1]) * 100.0 * len(seen)  # only what is changed moves
+
+    monkeypatch.setattr(forgetting_replay, "measure", measured)
+    rows = forgetting_replay.run(model, matrix, tasks, tmp_path, TUNER)
+    assert any(seen[0]) and [row["held_out"] for row in rows] == [0.0, 0.0]
+    assert shown and not own & {one.prompt for one in shown}
 
 
 def test_forecasts_of_replay_do_not_read_what_is_not_revealed():
