@@ -236,16 +236,19 @@ def forecasts(name: str) -> list[str]:
     for name in sorted(tables[0], key=lambda one: tables[0][one]["rmse"]["mean"]):
         cells = [number(table[name][metric]) for table in tables for metric in TITLES]
         found.append(row(name, *cells))
-    return [*found, "", *profile(result["rank_profile"])]
+    return [*found, "", *profiles({"": result["rank_profile"]})]
 
 
-def profile(found: dict[str, Any]) -> list[str]:
-    """R2 of simple models in one row."""
-    cells = {"task mean": found["task_mean"], "example mean": found["example_mean"]}
-    cells |= {"additive": found["additive"]}
-    cells |= {f"rank {n}": r2 for n, r2 in enumerate(found["rank"][:5], start=1)}
-    values = ["-" if r2 is None else f"{r2:.3f}" for r2 in cells.values()]
-    return [row("R²", *cells), row(*["---"] * (1 + len(cells))), row("", *values)]
+def profiles(found: dict[str, dict[str, Any]]) -> list[str]:
+    """R2 of simple models, one row a matrix."""
+    means = {"task mean": "task_mean", "example mean": "example_mean", "additive": "additive"}
+    ranks = min(5, *(len(one["rank"]) for one in found.values()))
+    head = ("R²", *means, *(f"rank {n}" for n in range(1, ranks + 1)))
+    lines = [row(*head), row(*["---"] * len(head))]
+    for label, one in found.items():
+        values = [*(one[key] for key in means.values()), *one["rank"][:ranks]]
+        lines.append(row(label, *("-" if r2 is None else f"{r2:.3f}" for r2 in values)))
+    return lines
 
 
 def replay() -> list[str]:
@@ -263,14 +266,21 @@ def replay() -> list[str]:
 
 
 def sequence() -> list[str]:
-    """Tasks one after another: rank profile, and forecasts from the rows before."""
+    """Tasks one after another: forecasts from the rows before, and from a matrix of tasks learned
+    apart if there was one; the rank profiles of both."""
     result = measured("forgetting_sequence")
     if result is None:
         return MISSING
-    found = [row("model", *TITLES.values()), row(*["---"] * (1 + len(TITLES)))]
-    for name, scores in result["from_before"].items():
-        found.append(row(name, *(number({"mean": scores[metric]}) for metric in TITLES)))
-    return [*found, "", *profile(result["rank_profile"])]
+    sources = {"from_before": "those before it", "from_apart": "tasks learned apart"}
+    found = [row("model", "forecast from", *TITLES.values()), row(*["---"] * (2 + len(TITLES)))]
+    for key, source in sources.items():
+        for name, scores in result.get(key, {}).items():
+            cells = (number({"mean": scores[metric]}) for metric in TITLES)
+            found.append(row(name, source, *cells))
+    both = {"one after another": result["rank_profile"]}
+    if "rank_profile_apart" in result:
+        both["apart, the same tasks and examples"] = result["rank_profile_apart"]
+    return [*found, "", *profiles(both)]
 
 
 def protection() -> list[str]:

@@ -208,7 +208,12 @@ def test_a_sequence_goes_on_where_it_was_and_adds_up(model, watched, tmp_path, m
     np.testing.assert_allclose(whole.values.sum(axis=0), after - before, atol=1e-5)
     result = forgetting_sequence.tested(whole, whole)
     monkeypatch.setattr(tables, "measured", lambda _name: result)
-    assert len(tables.sequence()) == 2 + len(forgetting_sequence.FORECASTS) + 4
+    lines = tables.sequence()
+    assert len(lines) == 2 + 2 * len(forgetting_sequence.FORECASTS) + 1 + 4
+    assert sum("| tasks learned apart |" in line for line in lines) == 5
+    del result["from_apart"], result["rank_profile_apart"]
+    assert len(tables.sequence()) == 2 + len(forgetting_sequence.FORECASTS) + 1 + 3
+    result = forgetting_sequence.tested(whole, whole)
     assert set(result["from_before"]) == set(result["from_apart"])
     assert result["from_before"]["additive"]["n"] == 3 * 20
     json.dumps(result, allow_nan=False)
