@@ -1,5 +1,5 @@
 """What waiting for protected answers does: training until the new answers are learned, or on until
-the protected ones hold again.
+the protected ones hold again; and what it does to let answers rest that lead by a margin.
 
     python -m benchmarks.protected_stop [--facts 24 --protected 48 --seeds 2]
 
@@ -25,6 +25,7 @@ from benchmarks.measure import write
 from benchmarks.method_defaults import harmonic
 from benchmarks.planted_study import ROLES
 from unwrite import Edit, FullFT, load, read_edits, training
+from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.model import Model
 from unwrite.observe import neutral_text, perplexity, questions, settle
 from unwrite.scores import score
@@ -69,6 +70,9 @@ def ways(plain: FullFT, kept: tuple[str, ...]) -> list[tuple[str, FullFT, bool]]
         ("weight 2", two, True),
         ("weight 10, not waiting", ten, False),
         ("weight 10", ten, True),
+        ("weight 2, margin 0", replace(two, margin=0.0), True),
+        ("weight 2, margin 1", replace(two, margin=1.0), True),
+        ("weight 2, margin 3", replace(two, margin=3.0), True),
     ]
 
 
@@ -79,7 +83,7 @@ def measured(
     probes = settle(model, questions(edits))
     before, text = forced(model, probes), neutral_text()
     fluent = perplexity(model, text)
-    answers = model.generate(kept, training.ANSWER_TOKENS_PROTECTED)
+    answers = model.generate(kept, ANSWER_TOKENS_KEPT)
     sequences = [model.tokens(*one) for one in zip(kept, answers, strict=True) if one[1].strip()]
     started = time.perf_counter()
     with as_before() if not waits else nullcontext():

@@ -171,3 +171,40 @@ def test_what_was_begun_before_the_options_goes_on():
     assert not {"accumulate", "optimizer"} & set(settings_of(FullFT()))
     chosen = settings_of(unwrite.FullFT(optimizer="sgd", accumulate=2))
     assert (chosen["optimizer"], chosen["accumulate"]) == ("sgd", 2)
+
+
+def test_no_margin_is_out_of_reach_of_an_infinite_one(model, pairs):
+    common = {"epochs": 2, "until": "epochs", "lr": 1e-3}
+    plain = fine_tune(model, pairs, Recipe(**common))
+    never = fine_tune(model, pairs, Recipe(margin=math.inf, **common))
+    assert plain.losses == never.losses
+    assert distance(plain.delta, never.delta)[0] == 0
+
+
+def test_what_leads_by_the_margin_moves_nothing(model, worlds):
+    """The toy model gives every old answer already, by some logits."""
+    known = [Pair(edit.prompt, edit.old) for edit in worlds().edits[:6]]
+    common = {"epochs": 3, "until": "epochs", "lr": 1e-3}
+    at_rest = fine_tune(model, known, Recipe(margin=0.0, **common))
+    assert at_rest.losses == (0.0,) * 3
+    assert all(not at_rest.delta[name].dense().any() for name in at_rest.delta)
+    assert distance(fine_tune(model, known, Recipe(**common)).delta, at_rest.delta)[0] > 0
+
+
+def test_learning_stops_at_the_margin_and_unlearning_never_rests(model, worlds, pairs):
+    recipe = Recipe(epochs=60, lr=3e-3, margin=1.0)
+    trained = fine_tune(model, pairs, recipe)
+    assert trained.learned
+    known = [Pair(edit.prompt, edit.old, -1.0) for edit in worlds().edits[:6]]
+    common = {"epochs": 1, "until": "epochs", "lr": 1e-3}
+    unlearned = fine_tune(model, known, Recipe(margin=0.0, **common))
+    assert distance(unlearned.delta, fine_tune(model, known, Recipe(**common)).delta)[0] == 0
+
+
+def test_a_margin_below_zero_is_refused():
+    for wrong in (-0.5, math.nan):
+        with pytest.raises(BadSetting, match="margin must be at least 0"):
+            FullFT(margin=wrong)
+    assert settings_of(FullFT()) == settings_of(FullFT(margin=None))
+    assert "margin" not in settings_of(FullFT()) and settings_of(FullFT(margin=1.0))["margin"] == 1
+    assert build("full-ft", {"margin": "0.5"}).margin == 0.5

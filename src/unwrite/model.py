@@ -648,6 +648,14 @@ def mean_by_row(
     return sums.index_add(0, rows.to(values.device), values * share.to(values.device))
 
 
+def margins_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """By how much each target (n,) leads the largest of all other logits (n, vocabulary): (n,).
+    Above 0 where it is the only argmax."""
+    best, at = logits.topk(2, dim=-1)
+    rival = torch.where(at[:, 0] == targets, best[:, 1], best[:, 0])
+    return logits.gather(1, targets[:, None])[:, 0] - rival
+
+
 def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
     """Prompts with answers as tokens. Left out are those that cannot be read: too long, or answered
     by nothing, or by what is no text to the tokenizer (a model may say such things)."""
