@@ -41,8 +41,6 @@ VARIANTS: dict[str, dict[str, str]] = {
     "auto without writing": {"method": "auto", "write": "false"},
     "auto without neighbours": {"method": "auto", "neighbours": "0"},
     "auto without prompts of its own": {"method": "auto", "own_prompts": "0"},
-    "auto, margin 1": {"method": "auto", "margin": "1"},
-    "auto, fast, margin 1": {"method": "auto", "budget": "fast", "margin": "1"},
     "auto, the least that suffices": {"method": "auto", "least": "true"},
 }
 REPORTED = ("full-ft", "memit", "auto, fast", "auto")

@@ -202,6 +202,11 @@ class Model:
         by_name = dict(self.network.named_parameters(remove_duplicate=False))
         return {file: by_name[name] for file, name in self.names.items()}
 
+    @property
+    def largest_tensor(self) -> int:
+        """Bytes of the network's largest parameter, which in small models is the vocabulary."""
+        return max(one.numel() * one.element_size() for one in self.network.parameters())
+
     def trainable(self, wanted: Callable[[str], bool] | None) -> dict[str, torch.nn.Parameter]:
         """Those of ``parameters`` that can have a gradient and that ``wanted`` chooses by file name
         (None: all). Raises ``BadSetting`` if there is none."""
@@ -646,14 +651,6 @@ def mean_by_row(
     share = torch.tensor([1 / len(sequences[row].targets) for row in rows.tolist()])
     sums = torch.zeros(len(sequences), device=values.device, dtype=values.dtype)
     return sums.index_add(0, rows.to(values.device), values * share.to(values.device))
-
-
-def margins_of(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """By how much each target (n,) leads the largest of all other logits (n, vocabulary): (n,).
-    Above 0 where it is the only argmax."""
-    best, at = logits.topk(2, dim=-1)
-    rival = torch.where(at[:, 0] == targets, best[:, 1], best[:, 0])
-    return logits.gather(1, targets[:, None])[:, 0] - rival
 
 
 def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:

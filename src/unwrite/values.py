@@ -116,7 +116,7 @@ def find_values(
     with (
         model.progress.stage("seeking values", len(edits)) as advance,
         _frozen(model),
-        freed_memory_is_kept(),
+        freed_memory_is_kept(model.largest_tensor),
     ):
         for chunk in _chunks(longest, search.contexts + 2):
             hunt = _Hunt(

@@ -16,7 +16,7 @@ import torch
 from unwrite.errors import BadEdits
 from unwrite.forgetting.examples import UpstreamExample
 from unwrite.forgetting.matrix import Array
-from unwrite.model import POSITIONS_PER_BATCH, Model, Tokens, length_batches, margins_of, pad
+from unwrite.model import POSITIONS_PER_BATCH, Model, Tokens, length_batches, pad
 from unwrite.scores import answer_in, says
 
 LOGIT_BYTES = 1 << 28  # of one batch: answer tokens x vocabulary x 4; a quarter of a gigabyte
@@ -56,7 +56,9 @@ def measure_margins(model: Model, examples: Sequence[UpstreamExample]) -> Array:
     sequences = [_tokens(model, example) for example in examples]
     found = np.full(len(sequences), np.nan)
     for batch, rows, logits, targets in _answer_logits(model, sequences):
-        margins = margins_of(logits, targets)
+        best, at = logits.topk(2, dim=-1)
+        rival = torch.where(at[:, 0] == targets, best[:, 1], best[:, 0])
+        margins = logits.gather(1, targets[:, None])[:, 0] - rival
         least = torch.full((len(batch),), torch.inf, dtype=margins.dtype, device=margins.device)
         least.scatter_reduce_(0, rows.to(margins.device), margins, "amin")
         found[batch] = least.double().cpu().numpy()

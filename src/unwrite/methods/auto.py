@@ -77,7 +77,6 @@ class Auto:
     epochs: int | None = None
     lr: float = 3e-5
     protect_weight: float = 10.0
-    margin: float | None = None
     least: bool = False
     keep_earlier: bool = True
     batch_size: int = 8
@@ -129,7 +128,6 @@ class Auto:
             batch_size=self.batch_size,
             protect=self.protect,
             protect_weight=self.protect_weight,
-            margin=self.margin,
             neighbours=self._amounts.neighbours,
             own_prompts=self._amounts.own_prompts,
             seed=self.seed,

@@ -1,0 +1,32 @@
+"""Freed memory is used again by a loop, and does not grow by a large block every step."""
+
+import subprocess
+import sys
+
+import pytest
+
+LOOP = """
+import sys
+import torch
+from benchmarks.measure import peak_memory
+from unwrite.allocator import freed_memory_is_kept
+
+megabytes, keeps = float(sys.argv[1]), []
+before = peak_memory()
+with freed_memory_is_kept(int(megabytes * 2**20)):
+    for step in range(6):
+        large = torch.ones(int(megabytes * 2**18))
+        keeps.append(torch.ones(1 << 14))  # behind the large block
+        del large
+        keeps.append(torch.ones(1 << 14))  # into the hole that it leaves
+print((peak_memory() - before) * 1e9 / 2**20 / megabytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
+@pytest.mark.parametrize("megabytes", ["130", "300"])
+def test_a_block_too_large_for_a_heap_is_held_once(megabytes):
+    command = [sys.executable, "-c", LOOP, megabytes]
+    grown = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert grown.returncode == 0, grown.stderr
+    assert 0.9 < float(grown.stdout) < 1.5, "so many of the large block at the peak"
