@@ -1,5 +1,5 @@
 """What waiting for protected answers does: training until the new answers are learned, or on until
-the protected ones hold again; and what it does to let answers rest that lead by a margin.
+the protected ones hold again.
 
     python -m benchmarks.protected_stop [--facts 24 --protected 48 --seeds 2]
 
@@ -70,9 +70,6 @@ def ways(plain: FullFT, kept: tuple[str, ...]) -> list[tuple[str, FullFT, bool]]
         ("weight 2", two, True),
         ("weight 10, not waiting", ten, False),
         ("weight 10", ten, True),
-        ("weight 2, margin 0", replace(two, margin=0.0), True),
-        ("weight 2, margin 1", replace(two, margin=1.0), True),
-        ("weight 2, margin 3", replace(two, margin=3.0), True),
     ]
 
 

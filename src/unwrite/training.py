@@ -42,7 +42,7 @@ from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed, is_out_of_memory
 from unwrite.kept import KeptAnswers
-from unwrite.model import Model, Tokens, head_sees, length_batches, margins_of, mean_by_row, pad
+from unwrite.model import Model, Tokens, head_sees, length_batches, mean_by_row, pad
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.own_text import own_prompts
@@ -72,14 +72,12 @@ class Recipe:
     which the KL divergence from the state before is penalised with ``protect_weight``, on the
     network's own answers. ``neighbours``: so many made-up prompts an edit are protected in the same
     way (see the module ``neighbours``), and so are ``own_prompts`` prompts that the network writes
-    itself (``own_text``). ``margin``: an answer token that leads all others by so many logits
-    rests: it counts for nothing until it falls behind (None: all count, always). Not for a method
-    that fine-tunes on what the network says already. ``precision="bf16"`` multiplies matrices in
-    bf16 with fp32 master weights. ``accumulate``: a step is made on so many batches of
-    ``batch_size`` rows, read one after the other: the step is that of one batch with all of these
-    rows, the memory that of one with a few. ``optimizer``: see ``optimizers``. ``in_backward``:
-    each tensor is stepped as soon as its gradient is there, so that only the largest gradient needs
-    memory; ``max_grad_norm`` then bounds every tensor's gradient by itself.
+    itself (``own_text``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
+    master weights. ``accumulate``: a step is made on so many batches of ``batch_size`` rows, read
+    one after the other: the step is that of one batch with all of these rows, the memory that of
+    one with a few. ``optimizer``: see ``optimizers``. ``in_backward``: each tensor is stepped as
+    soon as its gradient is there, so that only the largest gradient needs memory; ``max_grad_norm``
+    then bounds every tensor's gradient by itself.
     """
 
     epochs: int = 20
@@ -97,7 +95,6 @@ class Recipe:
     neighbours: int = field(default=0, metadata={"later": True})
     in_backward: bool = field(default=False, metadata={"later": True})
     own_prompts: int = field(default=0, metadata={"later": True})
-    margin: float | None = field(default=None, metadata={"later": True})
 
     def __post_init__(self) -> None:
         positive = {
@@ -120,8 +117,6 @@ class Recipe:
                 "max_grad_norm must be positive; protect_weight, contexts, neighbours and "
                 "own_prompts at least 0."
             )
-        if self.margin is not None and not self.margin >= 0:
-            raise BadSetting(f"margin must be at least 0, or none at all, not {self.margin}.")
         if self.in_backward and self.accumulate > 1:
             raise BadSetting(
                 "in_backward steps within every backward pass, so nothing can be accumulated: use "
@@ -381,7 +376,9 @@ class _Run:
             self.model.progress.stage("training", total) as advance,
             contextlib.nullcontext() if processes.shards() else _sparse_embedding(self.model),
             # Where memory is short, what is freed must not stay: a heap that keeps it has holes.
-            freed_memory_goes_back() if self.frugal else freed_memory_is_kept(),
+            freed_memory_goes_back()
+            if self.frugal
+            else freed_memory_is_kept(self.model.largest_tensor),
             self._stepping(),
         ):
             while self.epoch < recipe.epochs and not self.learned:
@@ -471,12 +468,8 @@ class _Run:
             mine = [[batch[index] for index in rows.rows] for batch in batches]
             sequences = [tokens for batch in mine for _, tokens in batch]
             sizes = [len(rows.rows)] * len(batches)
-            margins = None
-            if (margin := self.recipe.margin) is not None:  # what is unlearned never rests
-                pairs = [pair for batch in mine for pair, _ in batch]
-                margins = [margin if pair.weight > 0 else math.inf for pair in pairs]
             with self._read_by(sizes):
-                per_row = row_losses(self.network, sequences, self.device, self.loss, margins)
+                per_row = row_losses(self.network, sequences, self.device, self.loss)
             losses = []
             for batch, part in zip(mine, per_row.split(sizes), strict=True):
                 weights = torch.tensor([pair.weight for pair, _ in batch], device=part.device)
@@ -676,10 +669,8 @@ def row_losses(
     sequences: Sequence[Tokens],
     device: torch.device,
     form: LossForm = "answer",
-    margins: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """The mean cross-entropy of each sequence's answer tokens, fp32 of shape (sequences,). With
-    ``margins``, one a sequence, tokens that lead all others by that many logits count as 0.
+    """The mean cross-entropy of each sequence's answer tokens, fp32 of shape (sequences,).
 
     Inside: ids (sequences, length); logits (answer tokens, vocabulary) in fp32.
     """
@@ -688,11 +679,7 @@ def row_losses(
         columns = torch.tensor([tokens.answer - 1 for tokens in sequences])[rows]
     with head_sees(network, rows, columns):
         logits = network(input_ids=ids.to(device), use_cache=False).logits[0].float()
-    targets = targets.to(logits.device)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    if margins is not None:
-        needed = torch.tensor(margins, device=logits.device)[rows.to(logits.device)]
-        losses = losses * (margins_of(logits.detach(), targets) < needed)
+    losses = torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="none")
     return mean_by_row(losses, rows, sequences)
 
 
