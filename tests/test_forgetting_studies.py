@@ -246,7 +246,12 @@ def test_protection_is_measured_with_and_without(model, tmp_path, monkeypatch):
     assert [row["by"] for row in rows] == ["mean of the observed"] * 3 + ["factorization"]
     result = protection.summary(rows)
     monkeypatch.setattr(tables, "measured", lambda _name: result)
-    assert len(tables.protection()) == 2 + 4 + 1 + 2 + 3
+    assert len(tables.protection()) == 2 + 4 + 1 + 2 + len(protection.ARMS)
+    again = json.loads(json.dumps(rows))
+    for row in again[1:3]:
+        del row["changed"][protection.SLOWLY]
+    (tmp_path / "updates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again))
+    assert protection.run(model, updates, asked, method, tmp_path) == rows  # the missing arm only
     assert result["asked"] == {"held_out": 12, "others": 36}
     for row in rows:
         free = [one for one in row["record"]["prompts"] if one["held_out"]]
