@@ -3,7 +3,7 @@
     python -m benchmarks.protection --work FOLDER [--updates 6 --prompts 120 --edits 8]
 
 Updates of atlas facts by the defaults, each from the base, one after another in the past of the
-next: facts of the other relations are the prompts to protect. Each is forecast (from what is known
+next: other facts are the prompts to protect. Each update is forecast (from what is known
 then), trained without protection (the truth that the forecast speaks of), with the endangered
 prompts protected, with all of them protected, and that in smaller steps. Every fourth prompt is
 held out. Goes on where it was interrupted.

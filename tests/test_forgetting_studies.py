@@ -12,6 +12,7 @@ from benchmarks import (
     forgetting_replay,
     forgetting_sequence,
     forgetting_updates,
+    protected_stop,
     protection,
     tables,
 )
@@ -259,6 +260,21 @@ def test_protection_is_measured_with_and_without(model, tmp_path, monkeypatch):
         assert changed == row["changed"]["none"]["held_out"]
     assert result["changed"]["all"]["others"] <= result["changed"]["none"]["others"]
     json.dumps(result, allow_nan=False)
+
+
+def test_waiting_for_what_is_protected_is_measured(model, monkeypatch):
+    edits = toy_edits()
+    kept = tuple(edit.prompt for edit in edits[20:24])
+    found = {}
+    for way, method, waits in protected_stop.ways(unwrite.FullFT(lr=1e-3, epochs=12), kept):
+        found[way] = protected_stop.measured(model, edits[:3], kept, method, waits)
+    assert found["weight 2"]["epochs"] >= found["weight 2, not waiting"]["epochs"]
+    assert found["nothing protected"]["reliability"] == 1
+    assert all(0 <= one["protected"] <= 1 for one in found.values())
+    runs = [{"way": way, "seed": 0} | one for way, one in found.items()]
+    monkeypatch.setattr(tables, "measured", lambda _name: {"runs": runs})
+    assert len(tables.stop()) == 2 + len(runs)
+    assert protected_stop.made(-1, -1) == []
 
 
 def test_updates_are_tasks_and_their_bystanders_examples(model, tmp_path):
