@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.forgetting_matrix import PAIRS, TUNER, changed_by, tasks_of_bundled_text
-from benchmarks.measure import write
+from benchmarks.measure import add_line, lines, write
 from unwrite import load
-from unwrite.files import write_atomically
 from unwrite.forgetting import ForgettingMatrix, ReplayPolicy, UpstreamExample, measure
 from unwrite.forgetting.examples import from_details
 from unwrite.forgetting.fitting import MODELS
@@ -75,10 +73,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """One row for each task and arm: ``{task, arm, replayed, held_out}``, the last being the mean
     increase of the log perplexity of what is held out."""
-    work.mkdir(parents=True, exist_ok=True)
     file = work / "runs.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {(row["task"], row["arm"]) for row in rows}
+    done = {(row["task"], row["arm"]) for row in lines(file)}
     examples = from_details(matrix.examples, matrix.example_details)
     held_out, pool = split(examples, measured, seed)
     watched = [examples[at] for at in held_out]
@@ -95,9 +91,9 @@ def run(
             with model.shifted(tuner.delta(model, mixed)):
                 after = measure(model, watched)
             change = float(np.nanmean((after - before)[counted]))
-            rows.append({"task": name, "arm": arm, "replayed": len(replayed), "held_out": change})
-            write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
+            row = {"task": name, "arm": arm, "replayed": len(replayed), "held_out": change}
+            add_line(file, row)
+    return lines(file)
 
 
 def split(

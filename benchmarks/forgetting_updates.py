@@ -26,7 +26,7 @@ from benchmarks.forgetting_prediction import describe, folds, table
 from benchmarks.measure import write
 from benchmarks.planted_study import DATA
 from unwrite import Edit, FullFT, load, methods, read_edits
-from unwrite.forgetting import ForgettingMatrix, UpstreamExample, collect
+from unwrite.forgetting import ForgettingMatrix, UpstreamExample, collect, read_examples
 from unwrite.forgetting.fitting import MODELS
 from unwrite.forgetting.similarity import models_beside
 from unwrite.training import Pair
@@ -50,13 +50,13 @@ def main() -> None:
     file, offset = DATA[COUNTERFACT]
     needed = options.updates * options.edits
     records = read_edits(options.data / file, offset=offset, limit=needed + options.others)
-    order = np.random.default_rng(0).permutation(len(facts := read_edits(ATLAS)))
-    mixed = [facts[int(at)] for at in order]
+    facts, kept = read_edits(ATLAS), read_examples(ATLAS)
+    order = np.random.default_rng(0).permutation(len(facts)).tolist()
     tasks = {
-        **tasks_of(ATLAS, mixed[:needed], options.edits),
+        **tasks_of(ATLAS, [facts[at] for at in order[:needed]], options.edits),
         **tasks_of(COUNTERFACT, records[:needed], options.edits),
     }
-    examples = [*facts_of(mixed[needed : needed + 120]), *bystanders_of(records)]
+    examples = [*(kept[at] for at in order[needed : needed + 120]), *bystanders_of(records)]
     method = FullFT()
     matrix = collect(
         load(options.base),
@@ -79,11 +79,6 @@ def tasks_of(kind: str, edits: Sequence[Edit], size: int) -> dict[str, list[Pair
         f"{kind}/{number}": [Pair(edit.prompt, edit.new) for edit in part]
         for number, part in enumerate(parts)
     }
-
-
-def facts_of(facts: Sequence[Edit]) -> list[UpstreamExample]:
-    """Facts of the atlas as they are."""
-    return [UpstreamExample(str(fact.id), fact.prompt, fact.old) for fact in facts]
 
 
 def bystanders_of(records: Sequence[Edit]) -> list[UpstreamExample]:

@@ -88,6 +88,11 @@ def committed(name: str) -> dict[str, Any]:
     return content
 
 
+def measured(name: str) -> dict[str, Any] | None:
+    """The result of an earlier run, or None where there was none."""
+    return committed(name) if (RESULTS / f"{name}.json").is_file() else None
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a result that grows run by run, so that it can be cut off anywhere."""
     return read_jsonl(path) if path.exists() else []

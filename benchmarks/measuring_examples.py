@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from benchmarks.measure import in_turns, ratio, torchs_products, write
 from unwrite import load
 from unwrite.forgetting import ForgettingMatrix, UpstreamExample, measure
 from unwrite.forgetting.examples import from_details
+from unwrite.forgetting.matrix import BUNDLED, place_of
 from unwrite.model import Model, Tokens
 
 
@@ -35,7 +34,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=80, help="examples taken one at a time")
     options = parser.parse_args()
     model = load("smollm2-135m")
-    matrix = ForgettingMatrix.load(Path(str(resources.files("unwrite.data"))) / "forgetting")
+    matrix = ForgettingMatrix.load(place_of(BUNDLED))
     examples = from_details(matrix.examples, matrix.example_details)
     few = examples[:: max(1, len(examples) // options.sample)]
     in_batches = measure(model, few)

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, committed, write
+from benchmarks.measure import measured, write
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("src", "tests", "benchmarks", "docs", "examples")
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--children", type=int, default=2, help="processes")
     options = parser.parse_args()
     # Files that are not run keep their last result.
-    found = committed("mutation")["files"] if (RESULTS / "mutation.json").exists() else {}
+    found = (measured("mutation") or {"files": {}})["files"]
     for name in options.files:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = survived(Path(folder), name, options.children)

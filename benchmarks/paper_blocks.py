@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import published
-from benchmarks.measure import committed
+from benchmarks.measure import measured
 
 Lines = list[str]
 SHOWN = ("reliability", "generality", "locality")
@@ -28,14 +28,10 @@ def blocks() -> dict[str, Lines]:
         "cycles": ("cycles", cycles),
         "kinds": ("kinds_of_facts", kinds_of_facts),
     }
-    found = {}
+    found: dict[str, Lines] = {}
     for name, (result, block) in made.items():
-        try:
-            content = committed(result)
-        except FileNotFoundError:
-            found[name] = []
-            continue
-        found[name] = ["", *block(content), "", _source(content), ""]
+        content = measured(result)
+        found[name] = [] if content is None else ["", *block(content), "", _source(content), ""]
     return found
 
 

@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, committed, peak_memory, write
+from benchmarks.measure import measured, peak_memory, write
 
 ROWS = 24
 SHORT = {"epochs": "1", "until": "epochs"}
@@ -60,18 +60,18 @@ def main() -> None:
     if options.worker is not None:
         work(options.base, CASES[options.worker[0]], Path(options.worker[1]))
         return
-    before = committed("plan_memory") if (RESULTS / "plan_memory.json").exists() else {}
+    before = measured("plan_memory") or {}
     found = dict(before["cases"]) if before.get("base") == options.base else {}
     for name, case in CASES.items():
         if options.only not in name:
             continue
         planned = plan(options.base, case)
-        measured = peak(options.base, name, case[2].get("processes", 1))
+        reached = peak(options.base, name, case[2].get("processes", 1))
         training = (planned["memory_bytes"] - planned["parts"]["asking"]) / 1e9
         found[name] = {
             "planned_gb": training,
-            "measured_gb": measured,
-            "error": training / measured - 1,
+            "measured_gb": reached,
+            "error": training / reached - 1,
             "parts_gb": {part: size / 1e9 for part, size in planned["parts"].items()},
         }
         # After every case, so that a run can be continued with --only.

@@ -100,10 +100,8 @@ def run_missing(options: argparse.Namespace, kind: str, regime: str, seed: int) 
 
 def committed(kind: str, regime: str) -> list[dict[str, Any]]:
     """The rows of one table in the committed result."""
-    if not (measure.RESULTS / "planted_study.json").exists():
-        return []
-    tables = measure.committed("planted_study")["tables"]
-    return list(tables.get(f"{kind}, {regime}", []))
+    result = measure.measured("planted_study") or {"tables": {}}
+    return list(result["tables"].get(f"{kind}, {regime}", []))
 
 
 def folder_of(work: Path, kind: str, regime: str) -> Path:

@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from benchmarks import measure
 from benchmarks.full_ft_defaults import forced
-from benchmarks.measure import RESULTS, committed, write
+from benchmarks.measure import write
 from benchmarks.method_defaults import harmonic
 from benchmarks.planted_study import ROLES
 from unwrite import Edit, FullFT, load, read_edits, training
@@ -58,11 +59,10 @@ def main() -> None:
 
 def made(facts: int, kept: int) -> list[dict[str, Any]]:
     """The runs of the committed result, if they are of as many facts."""
-    if not (RESULTS / f"{NAME}.json").exists():
+    content = measure.measured(NAME)
+    if content is None or (content["facts"], content["kept"]) != (facts, kept):
         return []
-    content = committed(NAME)
-    same = (content["facts"], content["kept"]) == (facts, kept)
-    return list(content["runs"]) if same else []
+    return list(content["runs"])
 
 
 def drawn(

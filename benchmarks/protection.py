@@ -12,7 +12,6 @@ held out. Goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import write
+from benchmarks.measure import lines, write
 from unwrite import Edit, FullFT, load, methods, read_edits
-from unwrite.files import write_atomically
+from unwrite.files import write_jsonl
 from unwrite.forgetting.protocol import average_precision
 from unwrite.model import Model
 from unwrite.prompts import Protected
@@ -75,9 +74,8 @@ def run(
     work: Path,
 ) -> list[dict[str, Any]]:
     """One row an update: the forecast, and what changed without and with protection."""
-    work.mkdir(parents=True, exist_ok=True)
     file = work / "updates.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    rows = lines(file)
     known = {"method": methods.settings_of(method)["name"]}
     everything = [one.prompt for one in prompts if not one.held_out]
     for number, edits in enumerate(updates):
@@ -103,7 +101,8 @@ def run(
             done |= _changed(outlook, lost)
         else:
             rows.append(_row(outlook, lost))
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in rows))
+        work.mkdir(parents=True, exist_ok=True)
+        write_jsonl(file, rows)
     return rows
 
 

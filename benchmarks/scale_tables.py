@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.measure import RESULTS, committed
+from benchmarks.measure import measured
 
 
 def blocks() -> dict[str, list[str]]:
@@ -17,7 +17,7 @@ def blocks() -> dict[str, list[str]]:
         "ray": ("ray_overhead", ray),
     }
     return {
-        block: make(committed(name)) if (RESULTS / f"{name}.json").exists() else missing(name)
+        block: missing(name) if (result := measured(name)) is None else make(result)
         for block, (name, make) in makers.items()
     }
 

@@ -14,8 +14,7 @@ from statistics import mean, median
 from typing import Any
 
 from benchmarks import auto_tables, paper_blocks
-from benchmarks.measure import RESULTS as MEASURED
-from benchmarks.measure import committed
+from benchmarks.measure import committed, measured
 from benchmarks.method_defaults import harmonic
 from benchmarks.planted_study import ROLES
 from benchmarks.scale_tables import blocks
@@ -29,11 +28,6 @@ TRUST = ROOT / "docs" / "trust.md"
 
 MISSING = ["*Not measured yet.*"]
 TITLES = {"rmse": "RMSE", "f1": "F1", "pr_auc": "PR-AUC", "lift": "lift at 5 %"}
-
-
-def measured(name: str) -> dict[str, Any] | None:
-    """A committed result, or None where nobody has run it."""
-    return committed(name) if (MEASURED / f"{name}.json").is_file() else None
 
 
 def main() -> None:
@@ -130,12 +124,10 @@ def study() -> list[str]:
     """The planted test records: means over the seeds that all methods of a table were run with,
     token form, and the harmonic mean beside that of full-ft with the same seed; nothing before they
     were run."""
-    try:
-        tables = committed("planted_study")["tables"]
-    except FileNotFoundError:
+    if (result := measured("planted_study")) is None:
         return []
     found = []
-    for title, entries in tables.items():
+    for title, entries in result["tables"].items():
         head = ("method", "seeds", "reliability", "generality", "locality", "harmonic mean")
         more = ("minus full-ft", "old recall", "perplexity")
         found += ["", f"**{title}**", "", row(*head, *more)]
@@ -739,21 +731,18 @@ def delicate_rows() -> list[str]:
 
 def forgetting_rows() -> list[str]:
     """Measuring upstream examples, forecasting a task, and the Fisher information."""
-    lines = []
-    if (found := measured("measuring_examples")) is not None:
-        floor = found["floor_seconds"]["batched"]
-        lines.append(
-            row(
-                f"measuring {found['examples']:,} upstream examples against one at a time by "
-                "transformers; one at a time by our own code; against the floor of its products",
-                f"{spread(found['one_at_a_time_over_batched'])} faster; "
-                f"{spread(found['one_at_a_time_by_measure_over_batched'])}; "
-                f"{median(found['seconds']['batched']) / floor:.2f}x",
-                "5x",
-            )
-        )
-    speed = committed("forecast_speed")
-    lines.append(
+    found, speed = committed("measuring_examples"), committed("forecast_speed")
+    fisher = committed("fisher")
+    floor = found["floor_seconds"]["batched"]
+    return [
+        row(
+            f"measuring {found['examples']:,} upstream examples against one at a time by "
+            "transformers; one at a time by our own code; against the floor of its products",
+            f"{spread(found['one_at_a_time_over_batched'])} faster; "
+            f"{spread(found['one_at_a_time_by_measure_over_batched'])}; "
+            f"{median(found['seconds']['batched']) / floor:.2f}x",
+            "5x",
+        ),
         row(
             f"a forecast for a new task ({speed['seen']} of {speed['examples']:,} examples seen, "
             f"{speed['tasks']} past tasks); the fit; against the published fit of the new task "
@@ -761,10 +750,7 @@ def forgetting_rows() -> list[str]:
             f"{speed['forecast_milliseconds']['median']:.1f} ms; {speed['fit_seconds']:.1f} s; "
             f"{speed['published']['times_slower_than_a_forecast']:,.0f}x faster",
             "5 ms; 10 s; 1,000x",
-        )
-    )
-    fisher = committed("fisher")
-    lines.append(
+        ),
         row(
             f"Fisher information of {fisher['examples']} examples against one backward pass each; "
             "confidence of as many against forward and backward at batch size 8, both terms; "
@@ -773,17 +759,15 @@ def forgetting_rows() -> list[str]:
             f"{spread(fisher['confidence_over_forward_backward'])}; "
             f"{spread(fisher['first_order_over_forward_backward'])}",
             "4x; 1x; three forward passes",
-        )
-    )
-    return lines
+        ),
+    ]
 
 
 def callback_rows() -> list[str]:
     """What graceful forgetting costs a Trainer besides its unlearning steps, once measured."""
-    try:
-        found = committed("callback_overhead")["excepted_over_plain"]
-    except FileNotFoundError:
+    if (result := measured("callback_overhead")) is None:
         return []
+    found = result["excepted_over_plain"]
     return [
         row(
             "a Trainer with `GracefulForgetting`, unlearning steps excepted, against one without",

@@ -38,6 +38,7 @@ def freed_memory_is_kept(largest: int) -> Iterator[None]:
         return
     libc = ctypes.CDLL(None)
     if largest > _LARGEST_KEPT:
+        # It stays there afterwards: where glibc itself moves it once such blocks are freed.
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     else:
         libc.mallopt(_MMAP_MAX, 0)  # no block is mapped on its own, to be unmapped when freed
