@@ -74,18 +74,20 @@ def evaluate(
         )
     training = matrix.select(tasks=past)
     truth = matrix.values[new]
-    columns_of = {seed: _revealed(training, trial, seed) for seed in trial.seeds}
+    # All seeds at once: a model that forecasts many tasks side by side does them side by side.
+    seen = np.full((len(trial.seeds), *truth.shape), np.nan)
+    for place, seed in enumerate(trial.seeds):
+        columns = _revealed(training, trial, seed)
+        seen[place, :, columns] = truth[:, columns].T
+    names = [matrix.tasks[task] for task in new] * len(trial.seeds)
     rows = []
     for name, model in models.items():
-        fitted = model.fit(training)
-        for seed, columns in columns_of.items():
-            seen = np.full(truth.shape, np.nan)
-            seen[:, columns] = truth[:, columns]
-            hidden = np.isnan(seen) & ~np.isnan(truth)
-            predictions = forecast_all(fitted, seen, [matrix.tasks[task] for task in new])
-            predicted = np.stack([one.values for one in predictions])
-            limit = predictions[0].threshold or trial.threshold
-            scores = score(truth[hidden], predicted[hidden], trial.threshold, limit, trial.top)
+        predictions = forecast_all(model.fit(training), np.concatenate(seen), names)
+        predicted = np.stack([one.values for one in predictions]).reshape(seen.shape)
+        limit = predictions[0].threshold or trial.threshold
+        for seed, shown, values in zip(trial.seeds, seen, predicted, strict=True):
+            hidden = np.isnan(shown) & ~np.isnan(truth)
+            scores = score(truth[hidden], values[hidden], trial.threshold, limit, trial.top)
             rows.append({"model": name, "seed": seed, **scores})
     return rows
 

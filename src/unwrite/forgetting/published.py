@@ -98,16 +98,18 @@ def descend(past: Array, new: Array, model: PublishedFactorization) -> Descent:
     known_past, known_new = ~np.isnan(past), ~np.isnan(new)
     filled_past, filled_new = np.where(known_past, past, 0.0), np.where(known_new, new, 0.0)
     mean = (filled_past.sum() + filled_new.sum(axis=1)) / (known_past.sum() + known_new.sum(axis=1))
+    # The runs come last: what an antidiagonal takes from an array are whole stretches of memory.
+    value, rate = np.ascontiguousarray(filled_new.T), model.lr * np.ascontiguousarray(known_new.T)
+    past_rate = model.lr * known_past
     # The generator of the original, in its order, so that equal seeds give equal starts.
     random = np.random.RandomState(model.seed)
-    p = np.repeat(random.normal(0, model.spread, (1, rows, model.rank)), runs, axis=0)
-    q = np.repeat(random.normal(0, model.spread, (1, columns, model.rank)), runs, axis=0)
-    row_bias, column_bias = np.zeros((runs, rows)), np.zeros((runs, columns))
+    p = np.repeat(random.normal(0, model.spread, (rows, model.rank, 1)), runs, axis=2)
+    q = np.repeat(random.normal(0, model.spread, (columns, model.rank, 1)), runs, axis=2)
+    row_bias, column_bias = np.zeros((rows, runs)), np.zeros((columns, runs))
     # A row may begin its next epoch when the last row has left the example: at least ``rows`` steps
     # after it began this one.
     period = max(rows, columns)
     lag = np.arange(rows)
-    lr, decay = model.lr, model.decay
     for step in range(model.epochs * period + rows - 1):
         since = step - lag
         position = since % period
@@ -116,39 +118,24 @@ def descend(past: Array, new: Array, model: PublishedFactorization) -> Descent:
         if not len(at):
             continue
         column = position[at]
-        target, visited = _entries(at, column, filled_past, known_past, filled_new, known_new)
-        p_old, q_old = p[:, at], q[:, column]
-        row_old, column_old = row_bias[:, at], column_bias[:, column]
-        guess = mean[:, None] + row_old + column_old + (p_old * q_old).sum(axis=2)
-        error = target - guess
-        row_bias[:, at] = row_old + visited * lr * (error - decay * row_old)
-        column_bias[:, column] = column_old + visited * lr * (error - decay * column_old)
+        target, speed = np.empty((len(at), runs)), np.empty((len(at), runs))
+        of_past = at < len(past)
+        target[of_past] = filled_past[at[of_past], column[of_past], None]
+        speed[of_past] = past_rate[at[of_past], column[of_past], None]
+        target[~of_past], speed[~of_past] = value[column[~of_past]], rate[column[~of_past]]
+        p_old, q_old = p[at], q[column]
+        row_old, column_old = row_bias[at], column_bias[column]
+        guess = mean + row_old + column_old + np.einsum("afn,afn->an", p_old, q_old)
+        move, stay = speed * (target - guess), 1 - speed * model.decay
+        row_bias[at] = stay * row_old + move
+        column_bias[column] = stay * column_old + move
         if model.rank:
-            e, v = error[:, :, None], visited[:, :, None]
-            p[:, at] = p_old + v * lr * (e * q_old - decay * p_old)
-            q[:, column] = q_old + v * lr * (e * p_old - decay * q_old)
-    fitted = mean[:, None] + row_bias[:, -1:] + column_bias + (q @ p[:, -1, :, None])[..., 0]
-    beside_first = mean[0] + row_bias[0, :-1, None] + column_bias[0] + p[0, :-1] @ q[0].T
-    return Descent(beside_first, fitted, mean, row_bias[:, -1], row_bias[:, :-1], column_bias)
-
-
-def _entries(
-    at: npt.NDArray[np.intp],
-    column: npt.NDArray[np.intp],
-    past: Array,
-    known_past: npt.NDArray[np.bool_],
-    new: Array,
-    known_new: npt.NDArray[np.bool_],
-) -> tuple[Array, Array]:
-    """Values and 0/1 visits of one antidiagonal, (runs, len(at)); the last row is the new one."""
-    runs, tasks = len(new), len(past)
-    target, visited = np.empty((runs, len(at))), np.empty((runs, len(at)))
-    of_past = at < tasks
-    target[:, of_past] = past[at[of_past], column[of_past]]
-    visited[:, of_past] = known_past[at[of_past], column[of_past]]
-    target[:, ~of_past] = new[:, column[~of_past]]
-    visited[:, ~of_past] = known_new[:, column[~of_past]]
-    return target, visited
+            move, stay = move[:, None], stay[:, None]
+            p[at] = stay * p_old + move * q_old
+            q[column] = stay * q_old + move * p_old
+    fitted = mean + row_bias[-1] + column_bias + np.einsum("cfn,fn->cn", q, p[-1])
+    beside_first = mean[0] + row_bias[:-1, :1] + column_bias[:, 0] + p[:-1, :, 0] @ q[..., 0].T
+    return Descent(beside_first, fitted.T, mean, row_bias[-1], row_bias[:-1].T, column_bias.T)
 
 
 @dataclass(frozen=True)
