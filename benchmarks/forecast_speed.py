@@ -1,14 +1,14 @@
 """How long a forecast takes, against SVD by stochastic gradient descent as published.
 
-    python -m benchmarks.forecast_speed [--surprise PYTHON] [--matrix FOLDER]
+    python -m benchmarks.forecast_speed [--matrix FOLDER]
 
 Speed on a made-up matrix of low rank and noise (100 past tasks, 100,000 examples, 30 seen). The
-published way fits everything anew for every task; it is run for a few epochs on a part of the
-examples by scikit-surprise, in the interpreter PYTHON of an environment that has it, and scaled up
-(every epoch visits every entry once). Without --surprise that part is left out.
+published way fits everything anew for every task; scikit-surprise runs it for a few epochs on a
+part of the examples, in an environment of its own, and its time is scaled up (every epoch visits
+every entry once).
 
-Accuracy side by side, on a matrix small enough for all epochs: the collected one in FOLDER, or a
-made-up one. There our own reimplementation is checked against scikit-surprise number by number.
+Errors side by side on a real matrix, the bundled one or another in FOLDER, with all epochs. There
+our own reimplementation is checked against scikit-surprise number by number.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.measure import peak_memory, write
+from benchmarks.peers import HERE, environment
 from unwrite.forgetting import (
     Factorization,
     ForgettingMatrix,
@@ -31,6 +32,7 @@ from unwrite.forgetting import (
 )
 from unwrite.forgetting.matrix import Array
 
+PEER = "scikit-surprise==1.1.5"
 EPOCHS, SEEN = 1000, 30
 
 
@@ -40,13 +42,13 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=100)
     parser.add_argument("--examples", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--surprise", help="a Python with scikit-surprise")
     parser.add_argument("--epochs", type=int, default=5, help="of the published way, when timed")
     parser.add_argument("--published-examples", type=int, default=10_000, help="likewise")
-    parser.add_argument("--matrix", help="a collected matrix for the comparison of errors")
+    parser.add_argument("--matrix", default="bundled", help="for the comparison of errors")
     parser.add_argument("--new-tasks", type=int, default=5)
     options = parser.parse_args()
 
+    python = environment("surprise", PEER)
     past, new = made_up(options.tasks, options.examples, 1)
     matrix = labelled(past)
     started = time.perf_counter()
@@ -74,34 +76,26 @@ def main() -> None:
         "uncertainty_milliseconds": 1000 * (time.perf_counter() - started),
         "peak_memory_gb": peak_memory(),
     }
-    if options.surprise:
-        part = np.vstack([past, seen])[:, : options.published_examples]
-        few, _ = surprise(options.surprise, part, options.epochs, 0)
-        # The cost of a step does not depend on how many there are: every entry, every epoch.
-        whole = few * (EPOCHS / options.epochs) * (options.examples / part.shape[1])
-        result["published"] = {
-            "examples_run": part.shape[1],
-            "epochs_run": options.epochs,
-            "seconds_run": few,
-            "seconds_of_all_examples_and_1000_epochs": whole,
-            "times_slower_than_a_forecast": whole / statistics.median(seconds),
-        }
-    result["errors"] = errors(options.matrix, options.surprise, options.new_tasks)
+    part = np.vstack([past, seen])[:, : options.published_examples]
+    few, _ = surprise(python, part, options.epochs, 0)
+    # The cost of a step does not depend on how many there are: every entry, every epoch.
+    whole = few * (EPOCHS / options.epochs) * (options.examples / part.shape[1])
+    result["published"] = {
+        "examples_run": part.shape[1],
+        "epochs_run": options.epochs,
+        "seconds_run": few,
+        "seconds_of_all_examples_and_1000_epochs": whole,
+        "times_slower_than_a_forecast": whole / statistics.median(seconds),
+    }
+    result["errors"] = errors(options.matrix, python, options.new_tasks)
     write("forecast_speed", result)
 
 
-def errors(folder: str | None, python: str | None, new_tasks: int) -> dict[str, Any]:
+def errors(folder: str, python: Path, new_tasks: int) -> dict[str, Any]:
     """RMSE on the hidden entries of a few new tasks, one seed, 30 seen: all ways side by side."""
-    if folder is None:
-        past, new = made_up(46, 300, new_tasks)
-        source = "made up, 46 tasks x 300 examples, noise of different size by example"
-    else:
-        collected = ForgettingMatrix.load(folder)
-        order = np.random.default_rng(0).permutation(len(collected.tasks))
-        past, new = (
-            collected.values[np.sort(part)] for part in (order[new_tasks:], order[:new_tasks])
-        )
-        source = f"{len(collected.tasks)} tasks x {len(collected.examples)} examples, collected"
+    collected = ForgettingMatrix.load(folder)
+    order = np.random.default_rng(0).permutation(len(collected.tasks))
+    past, new = (collected.values[np.sort(part)] for part in (order[new_tasks:], order[:new_tasks]))
     rows = np.stack([revealed(row, 0) for row in new])
     hidden = np.isnan(rows) & ~np.isnan(new)
     fast_model = Factorization(5).fit(labelled(past))
@@ -113,12 +107,14 @@ def errors(folder: str | None, python: str | None, new_tasks: int) -> dict[str, 
         "published": ours,
         "published_scaled": np.stack([one.values for one in scaled.predict_all(rows)]),
     }
-    found: dict[str, Any] = {"matrix": source, "new_tasks": len(new)}
-    if python:
-        theirs = [surprise(python, np.vstack([past, row]), EPOCHS, 0) for row in rows]
-        forecasts["surprise"] = np.stack([forecast for _, forecast in theirs])
-        found["surprise_seconds_a_task"] = statistics.median(seconds for seconds, _ in theirs)
-        found["published_minus_surprise"] = float(np.abs(ours - forecasts["surprise"]).max())
+    theirs = [surprise(python, np.vstack([past, row]), EPOCHS, 0) for row in rows]
+    forecasts["surprise"] = np.stack([forecast for _, forecast in theirs])
+    found: dict[str, Any] = {
+        "matrix": f"{len(collected.tasks)} tasks x {len(collected.examples)} examples, collected",
+        "new_tasks": len(new),
+        "surprise_seconds_a_task": statistics.median(seconds for seconds, _ in theirs),
+        "published_minus_surprise": float(np.abs(ours - forecasts["surprise"]).max()),
+    }
     found["rmse"] = {
         name: float(np.sqrt(((forecast - new)[hidden] ** 2).mean()))
         for name, forecast in forecasts.items()
@@ -151,13 +147,12 @@ def revealed(row: Array, seed: int) -> Array:
     return seen
 
 
-def surprise(python: str, values: Array, epochs: int, seed: int) -> tuple[float, Array]:
+def surprise(python: Path, values: Array, epochs: int, seed: int) -> tuple[float, Array]:
     """Seconds and forecast of the last row by scikit-surprise."""
-    script = Path(__file__).with_name("surprise_svd.py")
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch, "values.npy"), Path(scratch, "forecast.npy")
         np.save(given, values)
-        words = [python, str(script), str(given), str(epochs), str(seed), str(found)]
+        words = [python, HERE / "run_surprise.py", given, str(epochs), str(seed), found]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
         return float(done.stdout), np.load(found)
 

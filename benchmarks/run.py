@@ -70,7 +70,7 @@ SUITE = {
     ),
     "fisher": Measurement("Fisher information at once, and one by one", (), 15),
     "measuring_examples": Measurement("upstream examples in batches, and one by one", (), 3),
-    "forecast_speed": Measurement("a forecast for a new task", (), 3),
+    "forecast_speed": Measurement("a forecast for a new task; scikit-surprise", (), 3),
     "callback_overhead": Measurement("graceful forgetting in a Trainer, and without", (), 8),
     "startup": Measurement("import and --help", (), 1),
     "bigger_than_memory": Measurement("checkpoints of up to 30 GB", ("--largest", "30"), 15),

@@ -1,6 +1,6 @@
 """scikit-surprise's SVD on a forgetting matrix, in an environment of its own.
 
-    python surprise_svd.py MATRIX.npy EPOCHS SEED OUT.npy
+    python run_surprise.py MATRIX.npy EPOCHS SEED OUT.npy
 
 MATRIX.npy is (tasks + 1, examples) with NaN where unobserved; the last row is forecast into
 OUT.npy. Settings as published (METHODS 5.4 b). Prints the seconds of the fit alone. It imports
