@@ -30,3 +30,34 @@ def test_a_block_too_large_for_a_heap_is_held_once(megabytes):
     grown = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert grown.returncode == 0, grown.stderr
     assert 0.9 < float(grown.stdout) < 1.5, "so many of the large block at the peak"
+
+
+FAULTS = """
+import resource
+import sys
+import torch
+from unwrite import allocator
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(100):
+        torch.ones(1 << 20)  # 4 MB, made and freed
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if sys.argv[1] == "after training":
+    with allocator.freed_memory_is_kept(1 << 22):
+        torch.ones(1 << 20)
+else:
+    allocator.blocks_stay()
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's heap")
+@pytest.mark.parametrize("when", ["after training", "from the start"])
+def test_pages_are_cleared_once_for_blocks_that_are_made_again_and_again(when):
+    command = [sys.executable, "-c", FAULTS, when]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) < 1100, "4 MB are 1,024 pages, and were made 100 times"

@@ -15,6 +15,7 @@ PACKAGE = Path(unwrite.__file__).parent
 # One set a layer, lowest first. Inside a layer, the arrows listed in SIDEWAYS are allowed.
 LAYERS = [
     {
+        "allocator",
         "errors",
         "executors",
         "files",
@@ -44,7 +45,6 @@ LAYERS = [
         "forgetting.replay",
         "forgetting.fitting",
         "forgetting.similarity",
-        "allocator",
         "products",
         "tensorfile",
         "weights",

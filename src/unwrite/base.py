@@ -198,16 +198,25 @@ class Base:
     def fingerprint_with(
         self, folder: Path, deltas: Sequence[Delta], progress: Reporter | None = None
     ) -> str:
-        """Fingerprint of the state ``base + deltas``, recomposed tensor by tensor where touched."""
+        """Fingerprint of the state ``base + deltas``, recomposed tensor by tensor where touched.
+        Two threads compose and hash: holds two tensors and what composing them takes."""
         hashes = dict(self.tensors)
         changed = {name for delta in deltas for name in delta}
         names = {name: self.aliases.get(name, name) for name in hashes}
         touched = [name for name, known in names.items() if known in changed]
         with Weights.from_folder(folder) as weights:
+
+            def composed(name: str) -> str:
+                return tensor_sha256(compose(weights, deltas, names[name]))
+
             sizes = [weights.bytes(names[name]) for name in touched]
-            with (progress or Silent()).stage("composing", Bytes(sum(sizes))) as advance:
-                for name, size in zip(touched, sizes, strict=True):
-                    hashes[name] = tensor_sha256(compose(weights, deltas, names[name]))
+            with (
+                (progress or Silent()).stage("composing", Bytes(sum(sizes))) as advance,
+                ThreadPoolExecutor(2, thread_name_prefix="compose") as threads,
+            ):
+                digests = threads.map(composed, touched)
+                for name, size, digest in zip(touched, sizes, digests, strict=True):
+                    hashes[name] = digest
                     advance(size, "")
         return fingerprint_of(hashes)
 

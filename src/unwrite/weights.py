@@ -19,6 +19,7 @@ from typing import Self
 
 import torch
 
+from unwrite.allocator import blocks_stay
 from unwrite.errors import DamagedFile, ModelUnavailable, TensorMismatch, UnwriteError
 from unwrite.files import write_json
 from unwrite.tensorfile import (
@@ -70,6 +71,7 @@ class Weights(Mapping[str, torch.Tensor]):
         Reads headers only. Raises ``ModelUnavailable`` if there is no safetensors checkpoint and
         ``DamagedFile`` if there is one that cannot be trusted.
         """
+        blocks_stay()  # a checkpoint is a loop over tensors, and so is a model made of it
         folder = Path(folder)
         if (folder / ONE_FILE).exists():
             return cls.from_file(folder / ONE_FILE)
