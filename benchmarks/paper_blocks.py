@@ -252,7 +252,8 @@ def cycles(content: dict[str, Any]) -> Lines:
     for method, found in content["methods"].items():
         for place in _milestones(found["steps"]):
             one = found["steps"][place]
-            what = "updates" if one["step"] == "update" else "updates left, others undone"
+            what = "update" if one["live"] == 1 else "updates"
+            what += "" if one["step"] == "update" else " left, others undone"
             cells.append(
                 [
                     method,
