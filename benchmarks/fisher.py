@@ -3,9 +3,13 @@
     python -m benchmarks.fisher [--base smollm2-135m] [--examples 256] [--turns 3]
 
 The examples are training rows of the bundled tasks. In one turn: the Fisher diagonal by hooks, the
-same by one backward pass per example (squares added with one fused call a tensor), a plain forward
-and backward pass at batch size 8 with gradients of all weights, and the confidence of the same
-examples in both orders. Ratios are taken within a turn. Before, the two diagonals are compared.
+same by one backward pass per example (squares added with one fused call a tensor), at batch size 8
+a forward pass, and forward and backward with gradients of all weights, and the confidence of the
+same examples in both orders. Ratios are taken within a turn. Before, the diagonals are compared.
+
+The floor of all of them but the first order is that of one epoch of training: the products of the
+forward pass, of the gradients of inputs, and of the gradients of weights, which for single examples
+are as many, over the rate of large products measured in the same turn.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
+from benchmarks import floors
 from benchmarks.measure import in_turns, machine, peak_memory, ratio, write
 from unwrite.change import Dense
 from unwrite.delta import Delta
@@ -44,15 +49,15 @@ def one_by_one(model: Model, pairs: Sequence[Pair]) -> dict[str, torch.Tensor]:
     return {file: total.div_(len(pairs)) for file, total in totals.items()}
 
 
-def forward_backward(model: Model, pairs: Sequence[Pair]) -> None:
+def passes(model: Model, pairs: Sequence[Pair], backward: bool) -> None:
     """Plain passes at batch size 8 in batches of similar length, gradients thrown away."""
     sequences = [model.tokens(pair.prompt, pair.answer) for pair in pairs]
-    model.network.requires_grad_(True)
+    model.network.requires_grad_(backward)
     for batch in length_batches([len(one.ids) for one in sequences], rows=8):
-        row_losses(
-            model.network, [sequences[index] for index in batch], model.device
-        ).mean().backward()
-        model.network.zero_grad()
+        loss = row_losses(model.network, [sequences[index] for index in batch], model.device).mean()
+        if backward:
+            loss.backward()
+            model.network.zero_grad()
 
 
 def main() -> None:
@@ -78,18 +83,22 @@ def main() -> None:
     # Any direction serves for timing; this one is small and different for every weight.
     towards = Delta.from_changes({name: Dense(one.sqrt()) for name, one in reference.items()})
     del reference
-    seconds = in_turns(
-        {
-            "hooks": lambda: fisher_diagonal(model, pairs),
-            "one backward per example": lambda: one_by_one(model, pairs),
-            "forward and backward, batch 8": lambda: forward_backward(model, pairs),
-            "confidence, both terms": lambda: forgetting_confidence(model, pairs, towards, fisher),
-            "confidence, first order": lambda: forgetting_confidence(
-                model, pairs, towards, fisher, order=1, step=1.0
-            ),
-        },
-        options.turns,
-    )
+    work = {
+        "hooks": lambda: fisher_diagonal(model, pairs),
+        "one backward per example": lambda: one_by_one(model, pairs),
+        "forward, batch 8": lambda: passes(model, pairs, backward=False),
+        "forward and backward, batch 8": lambda: passes(model, pairs, backward=True),
+        "confidence, both terms": lambda: forgetting_confidence(model, pairs, towards, fisher),
+        "confidence, first order": lambda: forgetting_confidence(
+            model, pairs, towards, fisher, order=1, step=1.0
+        ),
+    }
+    operations = floors.training_operations(model, sequences)
+    seconds: dict[str, list[float]] = {name: [] for name in [*work, "floor"]}
+    for _ in range(options.turns):
+        for name, spent in in_turns(work, 1).items():
+            seconds[name] += spent
+        seconds["floor"].append(operations / floors.multiplications())
     plain = seconds["forward and backward, batch 8"]
     write(
         "fisher",
@@ -103,8 +112,14 @@ def main() -> None:
             "times_faster_than_one_by_one": ratio(
                 seconds["one backward per example"], seconds["hooks"]
             ),
+            "times_faster_at_the_floor": ratio(
+                seconds["one backward per example"], seconds["floor"]
+            ),
             "confidence_over_forward_backward": ratio(seconds["confidence, both terms"], plain),
-            "first_order_over_forward_backward": ratio(seconds["confidence, first order"], plain),
+            "confidence_over_the_floor": ratio(seconds["confidence, both terms"], seconds["floor"]),
+            "first_order_over_forward": ratio(
+                seconds["confidence, first order"], seconds["forward, batch 8"]
+            ),
         },
     )
 

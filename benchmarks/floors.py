@@ -48,6 +48,12 @@ def training_operations(model: Model, sequences: list[Tokens]) -> float:
     return 3 * reading_operations(model, sequences)
 
 
+def optimizer_bytes(model: Model) -> float:
+    """Bytes that one step of AdamW with clipping moves: gradients are written and read again (no
+    weight may move before the norm of all is known), weights and two moments read and written."""
+    return 4.0 * 8 * sum(one.numel() for one in model.network.parameters())
+
+
 def reading_operations(model: Model, sequences: list[Tokens]) -> float:
     """Operations of one forward pass without padding: two for each weight of a matrix and position;
     the head sees positions of answers only."""

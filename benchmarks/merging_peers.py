@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.measure import in_turns, peak_memory, ratio, write
 from benchmarks.peers import HERE, environment
-from unwrite import load
 from unwrite.delta import Delta, compose
 from unwrite.weights import Weights, save_weights
 
@@ -97,6 +96,8 @@ WEIGHTS = "model.safetensors"
 
 def make_checkpoints(place: Path) -> None:
     """The base, and two whose every tensor is away from it."""
+    from unwrite import load  # not for the process that is measured: merging needs no network
+
     model = load("smollm2-135m")
     model.network.save_pretrained(place / "base")
     model.tokenizer.save_pretrained(place / "base")

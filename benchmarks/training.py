@@ -7,13 +7,17 @@ from the same weights. The Trainer is used as its documentation says: tokenised 
 the prompt, padding to the longest of a batch, shuffled. Times include snapshot and delta (ours) and
 nothing but ``train()`` (theirs). The final loss is the mean answer loss over all edits after
 training, computed for both by the same code. A third contender is ours with bf16 products over fp32
-master weights. The floors are the operations of the matrix products over the rate of large products
-that was measured in the same turn.
+master weights.
+
+The floor is the operations of the matrix products over the rate of large products that was measured
+in the same turn. The floor with the optimiser adds to it what AdamW has to move in every step, over
+the rate of copying.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 from dataclasses import replace
@@ -90,15 +94,23 @@ def main() -> None:
             losses[name] = answer_loss_now(model, sequences)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     rates: dict[str, list[float]] = {"fp32": [], "bf16": []}
+    copied: list[float] = []  # bytes a second
     for _ in range(options.repeats):
         for kind, found in rates.items():
             found.append(floors.multiplications(getattr(torch, DTYPES[kind])))
+        copied.append(floors.copying())
         for name, times in in_turns(work, 1).items():
             seconds[name] += times
         deltas.clear()
         restore(model, kept)
     operations = options.epochs * floors.training_operations(model, sequences)
     least = {kind: [operations / rate for rate in found] for kind, found in rates.items()}
+    steps = options.epochs * math.ceil(len(pairs) / options.batch_size)
+    moved = steps * floors.optimizer_bytes(model)
+    both = {
+        kind: [products + moved / rate for products, rate in zip(found, copied, strict=True)]
+        for kind, found in least.items()
+    }
     write(
         "training",
         {
@@ -115,6 +127,11 @@ def main() -> None:
             "operations_a_second": rates,
             "unwrite_over_floor": ratio(seconds["unwrite"], least["fp32"]),
             "unwrite_bf16_over_floor": ratio(seconds[half], least["bf16"]),
+            "bytes_of_the_optimizer": moved,
+            "bytes_a_second": copied,
+            "unwrite_over_floor_with_optimizer": ratio(seconds["unwrite"], both["fp32"]),
+            "unwrite_bf16_over_floor_with_optimizer": ratio(seconds[half], both["bf16"]),
+            "trainer_over_floor_with_optimizer": ratio(seconds["trainer"], both["fp32"]),
         },
     )
 
