@@ -1,8 +1,8 @@
 """What becomes of freed memory while a loop allocates the same tensors over and over.
 
 glibc gives large blocks back to the system when they are freed, and the system clears their pages
-again when the next ones are made: half of the time of streaming a checkpoint, a quarter of that of
-asking a model. What "large" means glibc learns from the blocks that it sees freed, up to 32 MB, but
+again when the next ones are made: much of the time of streaming a checkpoint, and of asking a model
+in a process that has trained. What "large" means glibc learns from the blocks that it sees freed, up to 32 MB, but
 only a process that happens to free such a block early learns all of it. ``blocks_stay`` tells it
 the end of that road at the beginning.
 
