@@ -2,9 +2,9 @@
 
 glibc gives large blocks back to the system when they are freed, and the system clears their pages
 again when the next ones are made: much of the time of streaming a checkpoint, and of asking a model
-in a process that has trained. What "large" means glibc learns from the blocks that it sees freed, up to 32 MB, but
-only a process that happens to free such a block early learns all of it. ``blocks_stay`` tells it
-the end of that road at the beginning.
+in a process that has trained. What "large" means glibc learns from the blocks that it sees freed,
+up to 32 MB, but only a process that happens to free such a block early learns all of it.
+``blocks_stay`` tells it the end of that road at the beginning.
 
 Training frees and allocates a gradient per tensor and step, of any size. Within
 ``freed_memory_is_kept`` all blocks stay and are used again; afterwards they go back. Blocks of the
