@@ -5,6 +5,15 @@ import sys
 
 import pytest
 
+
+def printed(program, argument):
+    """The number that a process of its own prints: settings of memory hold for a whole process."""
+    command = [sys.executable, "-c", program, argument]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
 LOOP = """
 import sys
 import torch
@@ -26,10 +35,7 @@ print((peak_memory() - before) * 1e9 / 2**20 / megabytes)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the memory of a process from /proc")
 @pytest.mark.parametrize("megabytes", ["130", "300"])
 def test_a_block_too_large_for_a_heap_is_held_once(megabytes):
-    command = [sys.executable, "-c", LOOP, megabytes]
-    grown = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert grown.returncode == 0, grown.stderr
-    assert 0.9 < float(grown.stdout) < 1.5, "so many of the large block at the peak"
+    assert 0.9 < printed(LOOP, megabytes) < 1.5, "so many of the large block at the peak"
 
 
 FAULTS = """
@@ -57,7 +63,4 @@ print(faults())
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of glibc's heap")
 @pytest.mark.parametrize("when", ["after training", "from the start"])
 def test_pages_are_cleared_once_for_blocks_that_are_made_again_and_again(when):
-    command = [sys.executable, "-c", FAULTS, when]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, found.stderr
-    assert int(found.stdout) < 1100, "4 MB are 1,024 pages, and were made 100 times"
+    assert printed(FAULTS, when) < 1100, "4 MB are 1,024 pages, and were made 100 times"

@@ -18,7 +18,7 @@ def main() -> None:
     """Fit, forecast, print the seconds."""
     values = np.load(sys.argv[1])
     rows, columns = values.shape
-    by_row, by_column = {}, {}
+    by_row = {}
     for row in range(rows):
         seen = np.flatnonzero(~np.isnan(values[row]))
         by_row[row] = list(zip(seen.tolist(), values[row, seen].tolist(), strict=True))

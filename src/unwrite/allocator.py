@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import platform
 from collections.abc import Iterator
 
@@ -35,13 +36,9 @@ _LARGEST_KEPT = 1 << 27  # bytes
 def blocks_stay() -> None:
     """From now on, freed blocks below 32 MB stay with the process, and up to 64 MB of them when
     nothing lies behind them; nothing changes elsewhere than with glibc."""
-    if platform.libc_ver()[0] == "glibc":
-        _blocks_stay(ctypes.CDLL(None))
-
-
-def _blocks_stay(libc: ctypes.CDLL) -> None:
-    libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-    libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
+    if (libc := _glibc()) is not None:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        libc.mallopt(_TRIM_THRESHOLD, _LARGEST_TRIM_THRESHOLD)
 
 
 @contextlib.contextmanager
@@ -50,10 +47,9 @@ def freed_memory_is_kept(largest: int) -> Iterator[None]:
     nothing changes elsewhere than with glibc. ``largest``: bytes of the largest block that is made
     and freed over and over; where that is more than a heap can keep, only what is below 32 MB is
     kept."""
-    if platform.libc_ver()[0] != "glibc":
+    if (libc := _glibc()) is None:
         yield
         return
-    libc = ctypes.CDLL(None)
     if largest > _LARGEST_KEPT:
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     else:
@@ -63,7 +59,7 @@ def freed_memory_is_kept(largest: int) -> Iterator[None]:
         yield
     finally:
         libc.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        _blocks_stay(libc)
+        blocks_stay()
         libc.malloc_trim(0)
 
 
@@ -72,9 +68,14 @@ def freed_memory_goes_back() -> Iterator[None]:
     """Within the block and afterwards, blocks from 128 KB on are mapped on their own and go when
     they are freed; nothing changes elsewhere than with glibc. What was freed before goes as well.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if (libc := _glibc()) is not None:
         # The value it starts with; setting it keeps it from moving.
         libc.mallopt(_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
         libc.malloc_trim(0)
     yield
+
+
+@functools.cache  # finding out reads Python's own file, and every checkpoint asks
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process if it is glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -24,7 +24,7 @@ from unwrite.model import Skeleton
 from unwrite.pretrained import Source, resolve
 from unwrite.progress import Advance, Bytes, Reporter, Silent, nobody
 from unwrite.tensorfile import tensor_sha256
-from unwrite.weights import Weights, fingerprint_of
+from unwrite.weights import Weights, fingerprint_of, tensor_hashes
 from unwrite.where import located
 
 FORMAT = 1
@@ -205,19 +205,13 @@ class Base:
         names = {name: self.aliases.get(name, name) for name in hashes}
         touched = [name for name, known in names.items() if known in changed]
         with Weights.from_folder(folder) as weights:
-
-            def composed(name: str) -> str:
-                return tensor_sha256(compose(weights, deltas, names[name]))
-
-            sizes = [weights.bytes(names[name]) for name in touched]
-            with (
-                (progress or Silent()).stage("composing", Bytes(sum(sizes))) as advance,
-                ThreadPoolExecutor(2, thread_name_prefix="compose") as threads,
-            ):
-                digests = threads.map(composed, touched)
-                for name, size, digest in zip(touched, sizes, digests, strict=True):
-                    hashes[name] = digest
-                    advance(size, "")
+            specs = {name: weights.specs[names[name]] for name in touched}
+            state = Weights(specs, lambda name: compose(weights, deltas, names[name]))
+            total = Bytes(state.bytes())
+            with (progress or Silent()).stage("composing", total) as advance:
+                hashes |= tensor_hashes(
+                    state, lambda done, _all: advance(specs[touched[done - 1]].bytes, "")
+                )
         return fingerprint_of(hashes)
 
     def where(self, delta: Delta) -> dict[str, Any]:
