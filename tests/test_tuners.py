@@ -72,6 +72,52 @@ def test_lora_keeps_the_laws_on_every_architecture(worlds, architecture):
     assert not torch.allclose(by_peft, model.network(input_ids=ids).logits, atol=1e-2)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_two_banks_read_their_rows_as_by_pefts_own_forward_pass(worlds, architecture, precision):
+    """Values and gradients, where the runs of rows are not equally long."""
+    from unwrite.adapters import AdapterShape, adapted
+
+    world = worlds(architecture)
+    model = Model.load(world.folder)
+    ids = torch.tensor([model.tokens(world.edits[0].prompt, edit.new).ids for edit in world.edits])
+    names = ["old"] * 2 + ["new"] * (len(ids) - 2)
+    random = torch.Generator().manual_seed(1)
+    bf16 = precision == "bf16"
+
+    def asked(banks):
+        """Logits, and the gradients of all factors of both banks for a fixed mix of them."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            logits = model.network(input_ids=ids).logits.float()
+        mix = torch.randn(logits.shape, generator=torch.Generator().manual_seed(2))
+        factors = [one for bank in ("old", "new") for one in banks.parameters[bank].values()]
+        return logits.detach(), torch.autograd.grad((logits * mix).sum(), factors)
+
+    with adapted(model, ["old", "new"], AdapterShape(4, 8, ("all",)), seed=3) as banks:
+        with torch.no_grad():
+            for bank in ("old", "new"):
+                for factor in banks.parameters[bank].values():
+                    factor.copy_(torch.randn(factor.shape, generator=random) / 9)
+        with banks.reading([("old", 2), ("new", len(ids) - 2)]):
+            ours, our_gradients = asked(banks)
+        layers = [one for one in model.network.modules() if hasattr(one, "lora_A")]
+        for layer in layers:
+            by_peft = type(layer).forward
+
+            def whole(inputs, layer=layer, by_peft=by_peft):
+                each = len(inputs) // len(names)  # OPT's MLP gets rows and positions as one
+                told = [name for name in names for _ in range(each)]
+                return by_peft(layer, inputs, adapter_names=told)
+
+            layer.forward = whole
+        theirs, their_gradients = asked(banks)
+    # In bf16 a rounding may turn a ReLU on or off, which single elements show.
+    most = 0.1 if bf16 else 1e-4
+    assert len(our_gradients) == len(their_gradients) > 0
+    for mine, other in zip((ours, *our_gradients), (theirs, *their_gradients), strict=True):
+        assert float((mine - other).norm()) <= most * float(other.norm())
+
+
 def test_lora_is_a_method(tmp_path):
     check_method(LORA, tmp_path)
 

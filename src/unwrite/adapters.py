@@ -1,9 +1,10 @@
 """Low-rank adapters on a network, for the length of a training run.
 
-peft puts them in and takes them out again. Several *banks* of adapters may sit over one frozen
-network: each row of a batch is read through its own, so that runs which share their prompts share
-the forward pass too. What a bank learned is read out of its factors as ``LowRank`` changes; the
-adapters are never merged, so no rounding of a merge gets into a delta.
+peft puts them in and takes them out again; between, their products are computed here. Several
+*banks* of adapters may sit over one frozen network: each row of a batch is read through its own, so
+that runs which share their prompts share the forward pass too. What a bank learned is read out of
+its factors as ``LowRank`` changes; the adapters are never merged, so no rounding of a merge gets
+into a delta.
 
 Memory: the factors, their gradients and moments; rank x (in + out) numbers a matrix and bank.
 """
@@ -11,6 +12,7 @@ Memory: the factors, their gradients and moments; rank x (in + out) numbers a ma
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,9 +61,10 @@ class Banks:
     _layers: Mapping[str, Any]  # file name of the weight -> peft's layer around its module
     _reader: _Reader
 
-    def reading(self, banks: Sequence[str]) -> contextlib.AbstractContextManager[None]:
-        """Within the block, row i of a batch passes through the adapters of ``banks[i]``."""
-        return self._reader.rows(banks)
+    def reading(self, parts: Sequence[tuple[str, int]]) -> contextlib.AbstractContextManager[None]:
+        """Within the block, the first rows of a batch pass through the adapters of the first bank,
+        as many as are told, the next ones through those of the next."""
+        return self._reader.rows(parts)
 
     def delta(self, bank: str) -> Delta:
         """What a bank has learned: ``alpha / rank * B @ A``, in the orientation of the files."""
@@ -127,49 +130,115 @@ def adapted(
         for bank in banks:
             for factor in parameters[bank].values():
                 factor.requires_grad_(True)
-        reader = _Reader(list(layers.values()), several=len(banks) > 1)
-        with reader.hooked():
-            yield Banks(parameters, layers, reader)
+        reader = _Reader(banks[0])
+        for layer in layers.values():
+            # peft's forward pass picks the rows of a bank out of the batch one by one and puts them
+            # back one by one; they lie together. The layer goes when the adapters are unloaded.
+            layer.forward = functools.partial(_forward, layer, reader)
+        yield Banks(parameters, layers, reader)
     finally:
         carrier.unload()
         model.network.requires_grad_(True)
 
 
 class _Reader:
-    """Tells every adapter layer which bank reads which row of the batch at hand."""
+    """Tells every adapter layer which bank reads which rows of the batch at hand."""
 
-    def __init__(self, layers: Sequence[torch.nn.Module], *, several: bool) -> None:
-        self._layers = layers
-        self._several = several
-        self._names: list[str] = []
+    def __init__(self, bank: str) -> None:
+        """``bank`` reads all rows where nothing else is told."""
+        self._bank = bank
+        self._parts: list[tuple[str, int]] = []
 
     @contextlib.contextmanager
-    def rows(self, names: Sequence[str]) -> Iterator[None]:
-        self._names = list(names)
+    def rows(self, parts: Sequence[tuple[str, int]]) -> Iterator[None]:
+        self._parts = list(parts)
         try:
             yield
         finally:
-            self._names = []
+            self._parts = []
 
-    @contextlib.contextmanager
-    def hooked(self) -> Iterator[None]:
-        """A single bank needs no telling: peft then takes its shorter way."""
+    def share(self, positions: int) -> tuple[list[str], list[int]]:
+        """The banks, and how many of so many positions each reads: a row's lie together."""
+        if not self._parts:
+            return [self._bank], [positions]
+        each = positions // sum(rows for _, rows in self._parts)
+        return [bank for bank, _ in self._parts], [rows * each for _, rows in self._parts]
 
-        def tell(_module: Any, inputs: Any, words: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            # OPT's MLP gets rows and positions as one dimension; a row's positions lie together.
-            each = len(inputs[0]) // len(self._names)
-            names = [name for name in self._names for _ in range(each)]
-            return inputs, {**words, "adapter_names": names}
 
-        handles = [
-            layer.register_forward_pre_hook(tell, with_kwargs=True)
-            for layer in (self._layers if self._several else ())
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+def _forward(layer: Any, reader: _Reader, inputs: torch.Tensor) -> torch.Tensor:
+    """What peft's layer gives for ``inputs`` (..., in): the frozen module's product plus each
+    bank's low-rank one on its rows."""
+    product = layer.base_layer(inputs)
+    banks, sizes = reader.share(inputs.numel() // inputs.shape[-1])
+    factors = [
+        factor.weight.to(product.dtype)  # another one where autocast multiplies in bf16
+        for bank in banks
+        for factor in (layer.lora_A[bank], layer.lora_B[bank])
+    ]
+    scale = layer.scaling[banks[0]]
+    sum_: torch.Tensor = _Added.apply(product, inputs.to(product.dtype), scale, sizes, *factors)
+    return sum_
+
+
+class _Added(torch.autograd.Function):
+    """product + scale * inputs A^T B^T, of each run of positions with factors of its own.
+
+    product (..., out), inputs (..., in); ``sizes``: positions in each run; then for every run A
+    (rank, in) and B (out, rank). Same dtype throughout; gradients for all tensors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        product: torch.Tensor,
+        inputs: torch.Tensor,
+        scale: float,
+        sizes: Sequence[int],
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        added = torch.empty_like(product, memory_format=torch.contiguous_format)
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        inner = []
+        for there, given, here, a, b in zip(
+            _runs(added, sizes),
+            _runs(product, sizes),
+            rows.split(sizes),
+            factors[::2],
+            factors[1::2],
+            strict=True,
+        ):
+            inner.append(here @ a.t())
+            torch.addmm(given, inner[-1], b.t(), alpha=scale, out=there)
+        ctx.scale, ctx.sizes, ctx.shape = scale, sizes, inputs.shape
+        ctx.save_for_backward(rows, *inner, *factors)
+        return added
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, given: torch.Tensor) -> tuple[Any, ...]:
+        runs = len(ctx.sizes)
+        rows, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
+        inner, factors = saved[:runs], saved[runs:]
+        of_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        of_factors: list[torch.Tensor] = []
+        for there, outer, here, between, a, b in zip(
+            of_rows.split(ctx.sizes),
+            _runs(given, ctx.sizes),
+            rows.split(ctx.sizes),
+            inner,
+            factors[::2],
+            factors[1::2],
+            strict=True,
+        ):
+            of_inner = (outer @ b).mul_(ctx.scale)
+            torch.mm(of_inner, a, out=there)
+            of_factors += [of_inner.t() @ here, outer.t() @ between * ctx.scale]
+        return given, of_rows.view(ctx.shape), None, None, *of_factors
+
+
+def _runs(tensor: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """The runs of positions of a tensor (..., width), each (positions, width)."""
+    return tensor.reshape(-1, tensor.shape[-1]).split(sizes)
 
 
 def _targets(model: Model, wanted: Sequence[str]) -> list[str]:

@@ -488,9 +488,7 @@ class _Run:
         if self.banks is None:
             return contextlib.nullcontext()
         names = [str(course.bank) for course in self.courses[-len(sizes) :]]
-        return self.banks.reading(
-            [n for n, size in zip(names, sizes, strict=True) for _ in range(size)]
-        )
+        return self.banks.reading(list(zip(names, sizes, strict=True)))
 
     def _with_contexts(self) -> list[Sequence[Row]]:
         """The rows of this epoch, by course: in every other epoch each behind a neutral sentence,
