@@ -50,7 +50,7 @@ LEARN = {
 }
 FORGET = {
     "develop": ("nature", "sentiment"),
-    "report": ("geography", "culture", "true_or_false", "topic", "word_problems"),
+    "report": ("geography", "true_or_false", "word_problems"),
 }
 # Public tasks to forget besides, with ``--data``: file and name of the task there.
 PUBLIC = (
