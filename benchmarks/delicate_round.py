@@ -4,9 +4,11 @@
 
 In turns, on SmolLM2-135M, the same edits, epochs and batch size: ``FullFT`` and one round of
 ``Delicate`` with it (two probes, selection, storage of the first probe, the check of what is
-learned); ``LoRA`` and one round with it, whose probes are trained as twins. All times are those of
-``delta(model, edits)`` followed by saving the delta. Peak memory is that of fresh processes which
-do one fine-tune, or two rounds, from model folder to delta folder.
+learned); ``LoRA`` and one round with it, whose probes are trained as twins. These times are those
+of ``delta(model, edits)`` followed by saving the delta. Of the twins also the training alone, and
+the least it can cost: the frozen network, without adapters and optimiser, forward and backward on
+as many rows as one run reads, and on twice as many. Peak memory is that of fresh processes which do
+one fine-tune, or two rounds, from model folder to delta folder.
 """
 
 from __future__ import annotations
@@ -21,8 +23,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.measure import in_turns, peak_memory, ratio, write
 from unwrite import Delicate, Edit, FullFT, LoRA, load, read_edits
+from unwrite.methods.probes import answers
+from unwrite.model import Model
+from unwrite.training import Pair, row_losses
 
 
 def main() -> None:
@@ -60,7 +67,15 @@ def main() -> None:
 
         return run
 
-    seconds = in_turns({name: work(method) for name, method in methods.items()}, options.repeats)
+    both = answers(model, edits, "data")
+    parts: dict[str, Callable[[], Any]] = {
+        "training lora": lambda: lora.train(model, both.new),
+        "training twins": lambda: lora.train_twins(model, both.old, both.new),
+        "frozen, rows of one": lambda: read_frozen(model, [both.new], lora),
+        "frozen, rows of two": lambda: read_frozen(model, [both.old, both.new], lora),
+    }
+    whole = {name: work(method) for name, method in methods.items()}
+    seconds = in_turns(whole | parts, options.repeats)
     write(
         "delicate_round",
         {
@@ -72,11 +87,38 @@ def main() -> None:
                 seconds["delicate, full-ft, top 5 %"], seconds["full-ft"]
             ),
             "over_lora": ratio(seconds["delicate, lora"], seconds["lora"]),
+            "training_twins_over_lora": ratio(seconds["training twins"], seconds["training lora"]),
+            "frozen_two_over_one": ratio(
+                seconds["frozen, rows of two"], seconds["frozen, rows of one"]
+            ),
+            "frozen_two_over_training_lora": ratio(
+                seconds["frozen, rows of two"], seconds["training lora"]
+            ),
             "peak_memory_gb": {
                 name: peak_of_a_process(name, options.edits) for name in ("full-ft", "delicate")
             },
         },
     )
+
+
+def read_frozen(model: Model, lessons: Sequence[Sequence[Pair]], recipe: LoRA) -> None:
+    """Forward and backward through the frozen network, as often as the recipe's epochs read it; the
+    lessons side by side, as many rows of each in a batch as the recipe has."""
+    rows = [
+        sorted((model.tokens(one.prompt, one.answer) for one in pairs), key=lambda one: one.answer)
+        for pairs in lessons
+    ]
+    embedding = model.network.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    model.network.requires_grad_(False)
+    try:
+        for _ in range(recipe.epochs):
+            for start in range(0, len(rows[0]), recipe.batch_size):
+                batch = [one for side in rows for one in side[start : start + recipe.batch_size]]
+                row_losses(model.network, batch, torch.device("cpu")).sum().backward()
+    finally:
+        handle.remove()
+        model.network.requires_grad_(True)
 
 
 def peak_of_a_process(name: str, edits: str) -> float:
