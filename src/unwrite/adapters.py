@@ -170,21 +170,24 @@ def _forward(layer: Any, reader: _Reader, inputs: torch.Tensor) -> torch.Tensor:
     bank's low-rank one on its rows."""
     product = layer.base_layer(inputs)
     banks, sizes = reader.share(inputs.numel() // inputs.shape[-1])
-    factors = [
-        factor.weight.to(product.dtype)  # another one where autocast multiplies in bf16
-        for bank in banks
-        for factor in (layer.lora_A[bank], layer.lora_B[bank])
-    ]
-    scale = layer.scaling[banks[0]]
-    sum_: torch.Tensor = _Added.apply(product, inputs.to(product.dtype), scale, sizes, *factors)
-    return sum_
+    # The factors of all banks as one: (rank of all, in) and (out, rank of all). Another dtype than
+    # theirs where autocast multiplies in bf16.
+    a = torch.cat([layer.lora_A[bank].weight for bank in banks]).to(product.dtype)
+    b = torch.cat([layer.lora_B[bank].weight for bank in banks], dim=1).to(product.dtype)
+    added: torch.Tensor = _Added.apply(
+        product, inputs.to(product.dtype), a, b, layer.scaling[banks[0]], sizes
+    )
+    return added
 
 
 class _Added(torch.autograd.Function):
-    """product + scale * inputs A^T B^T, of each run of positions with factors of its own.
+    """product + scale * inputs A^T B^T, where each run of positions has some rows of A and columns
+    of B to itself.
 
-    product (..., out), inputs (..., in); ``sizes``: positions in each run; then for every run A
-    (rank, in) and B (out, rank). Same dtype throughout; gradients for all tensors.
+    product (..., out), inputs (..., in), A (rank, in), B (out, rank), all of one dtype; ``sizes``:
+    positions in each of the runs, which share the rank equally. All runs are multiplied at once
+    and what is not theirs is set to zero between the factors: products as small as these take as
+    long for twice the rank.
     """
 
     @staticmethod
@@ -192,53 +195,36 @@ class _Added(torch.autograd.Function):
         ctx: Any,
         product: torch.Tensor,
         inputs: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
         scale: float,
         sizes: Sequence[int],
-        *factors: torch.Tensor,
     ) -> torch.Tensor:
-        added = torch.empty_like(product, memory_format=torch.contiguous_format)
         rows = inputs.reshape(-1, inputs.shape[-1])
-        inner = []
-        for there, given, here, a, b in zip(
-            _runs(added, sizes),
-            _runs(product, sizes),
-            rows.split(sizes),
-            factors[::2],
-            factors[1::2],
-            strict=True,
-        ):
-            inner.append(here @ a.t())
-            torch.addmm(given, inner[-1], b.t(), alpha=scale, out=there)
+        inner = _own(rows @ a.t(), sizes)
         ctx.scale, ctx.sizes, ctx.shape = scale, sizes, inputs.shape
-        ctx.save_for_backward(rows, *inner, *factors)
-        return added
+        ctx.save_for_backward(rows, inner, a, b)
+        added = torch.addmm(product.reshape(-1, product.shape[-1]), inner, b.t(), alpha=scale)
+        return added.view(product.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, given: torch.Tensor) -> tuple[Any, ...]:
-        runs = len(ctx.sizes)
-        rows, saved = ctx.saved_tensors[0], ctx.saved_tensors[1:]
-        inner, factors = saved[:runs], saved[runs:]
-        of_rows = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        of_factors: list[torch.Tensor] = []
-        for there, outer, here, between, a, b in zip(
-            of_rows.split(ctx.sizes),
-            _runs(given, ctx.sizes),
-            rows.split(ctx.sizes),
-            inner,
-            factors[::2],
-            factors[1::2],
-            strict=True,
-        ):
-            of_inner = (outer @ b).mul_(ctx.scale)
-            torch.mm(of_inner, a, out=there)
-            of_factors += [of_inner.t() @ here, outer.t() @ between * ctx.scale]
-        return given, of_rows.view(ctx.shape), None, None, *of_factors
+        rows, inner, a, b = ctx.saved_tensors
+        outer = given.reshape(-1, given.shape[-1])
+        of_inner = _own(outer @ b, ctx.sizes).mul_(ctx.scale)
+        of_b = (outer.t() @ inner).mul_(ctx.scale)
+        return given, (of_inner @ a).view(ctx.shape), of_inner.t() @ rows, of_b, None, None
 
 
-def _runs(tensor: torch.Tensor, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
-    """The runs of positions of a tensor (..., width), each (positions, width)."""
-    return tensor.reshape(-1, tensor.shape[-1]).split(sizes)
+def _own(inner: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """``inner`` (positions, rank of all), in place: each run keeps its own columns, zero others."""
+    if len(sizes) > 1:
+        columns = inner.shape[1] // len(sizes)
+        for number, run in enumerate(inner.split(sizes)):
+            run[:, : number * columns] = 0
+            run[:, (number + 1) * columns :] = 0
+    return inner
 
 
 def _targets(model: Model, wanted: Sequence[str]) -> list[str]:
