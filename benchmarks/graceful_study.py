@@ -291,9 +291,9 @@ def main() -> None:
     if not options.summary:
         run(options, strength)
     rows = measure.lines(runs_of(options.stage))
-    settings = settings_of(options)
-    content = {"settings": settings | {"strength": strength}, "runs": len(rows), **summarise(rows)}
-    measure.write(NAMES[options.stage], content)
+    settings = settings_of(options) | ({"strength": strength} if options.stage == "report" else {})
+    content = {"settings": settings, "runs": len(rows), **summarise(rows)}
+    measure.write(NAMES[options.stage], content, module="graceful_study")
 
 
 def run(options: Any, strength: float) -> None:

@@ -110,11 +110,12 @@ def _bare(word: str) -> str:
     return Path(word).name if os.sep in word else word
 
 
-def write(name: str, result: Mapping[str, Any]) -> None:
-    """Write ``benchmarks/results/NAME.json`` and print it."""
+def write(name: str, result: Mapping[str, Any], module: str | None = None) -> None:
+    """Write ``benchmarks/results/NAME.json`` and print it. ``module``: the benchmark that was run,
+    where it is called otherwise than its result."""
     content = {
         "benchmark": name,
-        "command": " ".join(["python -m", f"benchmarks.{name}", *map(_bare, sys.argv[1:])]),
+        "command": " ".join(["python -m", f"benchmarks.{module or name}", *map(_bare, sys.argv[1:])]),
         "machine": machine(),
         **result,
     }
