@@ -115,7 +115,9 @@ def write(name: str, result: Mapping[str, Any], module: str | None = None) -> No
     where it is called otherwise than its result."""
     content = {
         "benchmark": name,
-        "command": " ".join(["python -m", f"benchmarks.{module or name}", *map(_bare, sys.argv[1:])]),
+        "command": " ".join(
+            ["python -m", f"benchmarks.{module or name}", *map(_bare, sys.argv[1:])]
+        ),
         "machine": machine(),
         **result,
     }
