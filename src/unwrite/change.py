@@ -28,6 +28,7 @@ from unwrite.tensorfile import empty_tensor
 # threads waiting for each other cost more than they give (measured: up to five times the processor
 # time). A multiple of 64, the granularity of masks.
 PIECE = 32_704
+MANY = 7  # a share of one in so many flags is many to numpy, which draws the line at a tenth
 MATRIX_PIECE = 1 << 20  # the same for products of matrices, which need larger ones to be fast
 
 Block = tuple[slice, torch.Tensor]
@@ -64,6 +65,12 @@ class Change(ABC):
     @abstractmethod
     def blocks(self) -> Iterator[Block]:
         """The full tensor in consecutive flat runs: ``(slice, fp32 values)``. Holds one run."""
+
+    def add_to(self, flat: torch.Tensor) -> None:
+        """Add the full tensor to a flat fp32 one in place; see ``add_into``."""
+        for place, values in self.blocks():
+            for part, piece in in_step(flat[place], values.to(flat.device)):
+                part += piece
 
     @abstractmethod
     def scaled(self, strength: float) -> Change:
@@ -291,17 +298,34 @@ class Masked(Change):
         return torch.from_numpy(flags).view(torch.bool).view(self.shape)
 
     def blocks(self) -> Iterator[Block]:
+        for place, inside, values in self._runs():
+            run = torch.zeros(place.stop - place.start, device=values.device)
+            yield place, run.index_copy_(0, inside, values)
+
+    def add_to(self, flat: torch.Tensor) -> None:
+        """As of every change, without the zeros being written out first."""
+        for place, inside, values in self._runs():
+            part, inside = flat[place], inside.to(flat.device)
+            sums = part.index_select(0, inside) + values.to(flat.device)
+            part += 0.0  # outside the mask zero is added, which takes the minus sign from a zero
+            part.index_copy_(0, inside, sums)
+
+    def _runs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Consecutive flat runs of the full tensor: where each lies, the places in it that are
+        inside the mask (int64, rising), and their values."""
         size, used = math.prod(self.shape), 0
         packed = self.bits.cpu().numpy()
+        # numpy looks for few true flags one after the other and for many without branching, which
+        # is faster for few as well. So there are many: behind the run, and cut off again.
+        flags = np.empty(PIECE + PIECE // MANY, dtype=np.bool_)
         for start in range(0, size, PIECE):
             count = min(PIECE, size - start)
-            flags = np.unpackbits(packed[start // 8 :], count=count, bitorder="little")
-            inside = torch.from_numpy(flags).view(torch.bool).to(self.values.device)
-            kept = int(np.count_nonzero(flags))
-            run = torch.zeros(count, dtype=torch.float32, device=self.values.device)
-            run.masked_scatter_(inside, self.values[used : used + kept])
-            used += kept
-            yield slice(start, start + count), run
+            flags[:count] = np.unpackbits(packed[start // 8 :], count=count, bitorder="little")
+            flags[count:] = True
+            inside = np.flatnonzero(flags)[: count - flags.size]
+            place = torch.from_numpy(inside).to(self.values.device)
+            yield slice(start, start + count), place, self.values[used : used + inside.size]
+            used += inside.size
 
     def scaled(self, strength: float) -> Masked:
         return Masked(self.shape, self.bits, _scaled(self.values, strength))
@@ -332,10 +356,7 @@ def add_into(target: torch.Tensor, change: Change) -> None:
             f"A change of shape {change.shape} does not fit a tensor of shape "
             f"{tuple(target.shape)}. Use the model that the change was made for."
         )
-    flat = target.view(-1)
-    for place, values in change.blocks():
-        for part, piece in in_step(flat[place], values.to(flat.device)):
-            part += piece
+    change.add_to(target.view(-1))
 
 
 def in_step(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
