@@ -723,8 +723,10 @@ def delicate_rows() -> list[str]:
             "2.1x",
         ),
         row(
-            "one round of `delicate` with LoRA twins against one LoRA run",
-            times(one["over_lora"]),
+            "one round of `delicate` with LoRA twins against one LoRA run; training the twins "
+            "against training one; the frozen network alone, rows of both against those of one",
+            f"{times(one['over_lora'])}; {times(one['training_twins_over_lora'])}; "
+            f"{times(one['frozen_two_over_one'])}",
             "1.5x",
         ),
         row(

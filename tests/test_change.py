@@ -78,7 +78,7 @@ def test_norm_and_count_are_those_of_the_full_tensor(change):
 @law
 @given(any_change, st.sampled_from([64, 128, 1 << 15]))
 def test_blocks_cover_the_tensor_in_order(change, piece):
-    with patch("unwrite.change.PIECE", piece), patch("unwrite.change.MATRIX_PIECE", piece):
+    with patch.multiple("unwrite.change", PIECE=piece, MATRIX_PIECE=piece, MASK_PIECE=piece):
         runs = [values for _, values in change.blocks()]
         flat = torch.cat([torch.empty(0), *runs])
         assert flat.equal(change.dense().view(-1))
@@ -173,7 +173,7 @@ def test_low_rank_of_strength_zero_does_not_harm_a_sum():
 def test_adding_in_place_is_one_expression_for_all_encodings(pair, piece):
     target, change = pair
     expected = target + change.dense()
-    with patch("unwrite.change.PIECE", piece), patch("unwrite.change.MATRIX_PIECE", piece):
+    with patch.multiple("unwrite.change", PIECE=piece, MATRIX_PIECE=piece, MASK_PIECE=piece):
         add_into(target, change)
     assert same_bits(target, expected)
 

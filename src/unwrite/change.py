@@ -28,8 +28,11 @@ from unwrite.tensorfile import empty_tensor
 # threads waiting for each other cost more than they give (measured: up to five times the processor
 # time). A multiple of 64, the granularity of masks.
 PIECE = 32_704
-MANY = 7  # a share of one in so many flags is many to numpy, which draws the line at a tenth
 MATRIX_PIECE = 1 << 20  # the same for products of matrices, which need larger ones to be fast
+# The same for masks, whose pieces take several steps each: where two threads work on tensors,
+# Python is handed from one to the other at every step, and small pieces are slower than one thread.
+MASK_PIECE = 2 * PIECE
+MANY = 7  # a share of one in so many flags is many to numpy, which draws the line at a tenth
 
 Block = tuple[slice, torch.Tensor]
 
@@ -298,33 +301,33 @@ class Masked(Change):
         return torch.from_numpy(flags).view(torch.bool).view(self.shape)
 
     def blocks(self) -> Iterator[Block]:
-        for place, inside, values in self._runs():
-            run = torch.zeros(place.stop - place.start, device=values.device)
-            yield place, run.index_copy_(0, inside, values)
+        for place, inside, used in self._runs():
+            run = torch.zeros(place.stop - place.start, device=self.values.device)
+            where = torch.from_numpy(inside).to(run.device)
+            yield place, run.index_copy_(0, where, self.values[used])
 
     def add_to(self, flat: torch.Tensor) -> None:
         """As of every change, without the zeros being written out first."""
-        for place, inside, values in self._runs():
-            part, inside = flat[place], inside.to(flat.device)
-            sums = part.index_select(0, inside) + values.to(flat.device)
-            part += 0.0  # outside the mask zero is added, which takes the minus sign from a zero
-            part.index_copy_(0, inside, sums)
+        for place, inside, used in self._runs():
+            part, where = flat[place], torch.from_numpy(inside).to(flat.device)
+            sums = part.index_select(0, where).add_(self.values[used].to(flat.device))
+            part += 0.0  # as outside the mask: it takes the minus sign from a zero
+            part.index_copy_(0, where, sums)
 
-    def _runs(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Consecutive flat runs of the full tensor: where each lies, the places in it that are
-        inside the mask (int64, rising), and their values."""
+    def _runs(self) -> Iterator[tuple[slice, np.ndarray[Any, np.dtype[np.intp]], slice]]:
+        """Consecutive flat runs of the full tensor: where each lies, which of its elements are
+        inside the mask (rising), and where their values are."""
         size, used = math.prod(self.shape), 0
         packed = self.bits.cpu().numpy()
         # numpy looks for few true flags one after the other and for many without branching, which
         # is faster for few as well. So there are many: behind the run, and cut off again.
-        flags = np.empty(PIECE + PIECE // MANY, dtype=np.bool_)
-        for start in range(0, size, PIECE):
-            count = min(PIECE, size - start)
+        flags = np.empty(MASK_PIECE + MASK_PIECE // MANY, dtype=np.bool_)
+        for start in range(0, size, MASK_PIECE):
+            count = min(MASK_PIECE, size - start)
             flags[:count] = np.unpackbits(packed[start // 8 :], count=count, bitorder="little")
             flags[count:] = True
             inside = np.flatnonzero(flags)[: count - flags.size]
-            place = torch.from_numpy(inside).to(self.values.device)
-            yield slice(start, start + count), place, self.values[used : used + inside.size]
+            yield slice(start, start + count), inside, slice(used, used + inside.size)
             used += inside.size
 
     def scaled(self, strength: float) -> Masked:
