@@ -289,6 +289,18 @@ def test_a_state_does_not_depend_on_the_encoding(state):
     assert same_states(state_of(base, deltas), state_of(base, plain))
 
 
+def test_a_scaled_difference_is_made_in_one_tensor_with_the_bits_of_two():
+    draw = torch.Generator().manual_seed(1)
+    sides = [Weights.from_tensors({"x": torch.randn(999, generator=draw)}) for _ in range(2)]
+    delta = Delta.between(*sides, {"by": "hand"})
+    twice = delta.in_memory()["x"].scaled(-0.3).scaled(0.7).dense()
+    with patch("unwrite.change._scaled", side_effect=AssertionError("a second tensor")):
+        scaled = 0.7 * (-0.3 * delta)
+        assert scaled["x"].dense().equal(twice)
+        assert (-delta)["x"].dense().equal(-delta["x"].dense())
+    assert scaled.provenance == {"by": "hand"}
+
+
 @pytest.mark.parametrize("step", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
 def test_realised_differences_of_bf16_weights_are_exact_both_ways(step):
     """The table of DESIGN, appendix A: subtracting what was intended is not exact."""
@@ -448,6 +460,19 @@ def test_what_a_killed_save_left_is_replaced(tmp_path):
     saved = every_encoding().save(tmp_path)
     saved.verify()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00001.safetensors", "delta.json"]
+
+
+def test_what_is_saved_is_flushed_to_disk_and_scratch_files_are_not(tmp_path):
+    delta = Delta.from_changes({"x": Dense(torch.ones(3, 4))})
+    flushed = []
+    with patch("unwrite.tensorfile.os.fsync", side_effect=flushed.append):
+        stored = delta.stored()
+        in_scratch = len(flushed)
+        saved = delta.save(tmp_path / "d")
+    # Descriptions and folders are flushed in both cases, the tensors only of what is to last.
+    assert len(flushed) - in_scratch == in_scratch + 1
+    assert stored["x"].dense().equal(saved["x"].dense())
+    stored.verify()
 
 
 def test_stored_lets_go_of_its_sources_and_of_its_files():

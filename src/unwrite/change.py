@@ -237,7 +237,7 @@ class LowRank(Change):
             yield slice(start * columns, start * columns + run.numel()), run.view(-1)
 
     def scaled(self, strength: float) -> LowRank:
-        return LowRank(self.b, self.a, self.scale * _finite(strength))
+        return LowRank(self.b, self.a, self.scale * finite(strength))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"a": self.a, "b": self.b}
@@ -390,7 +390,7 @@ def _add_masked(one: Masked, two: Masked) -> Masked:
 
 
 def _scaled(values: torch.Tensor, strength: float) -> torch.Tensor:
-    strength = _finite(strength)
+    strength = finite(strength)
     if values.device.type != "cpu":
         return values * strength
     scaled = empty_tensor(values.shape, torch.float32)
@@ -399,7 +399,8 @@ def _scaled(values: torch.Tensor, strength: float) -> torch.Tensor:
     return scaled
 
 
-def _finite(strength: float) -> float:
+def finite(strength: float) -> float:
+    """``strength``, if a change can be scaled by it; ``BadSetting`` otherwise."""
     if not math.isfinite(strength):
         raise BadSetting(f"A change cannot be scaled by {strength}. Use a finite number.")
     return float(strength)

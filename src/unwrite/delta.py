@@ -24,9 +24,9 @@ from typing import Any, Self, overload
 import torch
 
 from unwrite import scratch
-from unwrite.change import Change, Dense, add_into, in_step
+from unwrite.change import Change, Dense, add_into, finite, in_step
 from unwrite.deltafile import LARGEST_SHARD, SavedChanges, TensorFacts, save_changes, totals
-from unwrite.errors import BadSetting, TensorMismatch
+from unwrite.errors import TensorMismatch
 from unwrite.files import readable_size
 from unwrite.tensorfile import empty_tensor
 from unwrite.weights import Progress, Weights, check_same_tensors, listed
@@ -103,10 +103,10 @@ class Delta(Mapping[str, Change]):
         """The delta that changes no tensor."""
         return cls.from_changes({})
 
-    @classmethod
+    @staticmethod
     def between(
-        cls, before: Weights, after: Weights, provenance: Mapping[str, Any] | None = None
-    ) -> Self:
+        before: Weights, after: Weights, provenance: Mapping[str, Any] | None = None
+    ) -> Delta:
         """What turns ``before`` into ``after``: ``after - before`` in fp32, tensor by tensor.
 
         Raises ``TensorMismatch`` unless names, shapes and dtypes agree. Tensors of other than
@@ -123,7 +123,7 @@ class Delta(Mapping[str, Change]):
                     "and only floating-point tensors can be changed. Give a checkpoint in which "
                     "it is the same."
                 )
-        return cls(names, lambda name: Dense(_difference(before[name], after[name])), provenance)
+        return _Between(before, after, names, provenance)
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -191,8 +191,7 @@ class Delta(Mapping[str, Change]):
         return Delta((*self.names, *other.names), read, _agreed(self.provenance, other.provenance))
 
     def __mul__(self, strength: float) -> Delta:
-        if not math.isfinite(strength):
-            raise BadSetting(f"A delta cannot be scaled by {strength}. Use a finite number.")
+        strength = finite(strength)
         return Delta(self.names, lambda name: self[name].scaled(strength), self.provenance)
 
     __rmul__ = __mul__
@@ -214,7 +213,8 @@ class Delta(Mapping[str, Change]):
         """
         folder, remove = scratch.temporary(SCRATCH)
         try:
-            delta = self.save(folder)
+            save_changes(folder, self, self.provenance, LARGEST_SHARD, None, lasting=False)
+            delta = Delta.open(folder)
         except BaseException:
             remove()
             raise
@@ -307,6 +307,31 @@ class Delta(Mapping[str, Change]):
         _check_changeable(weights, self.names)
 
 
+class _Between(Delta):
+    """``after - before``. Multiplied while it is computed: a scaled one holds no second tensor."""
+
+    def __init__(
+        self,
+        before: Weights,
+        after: Weights,
+        names: Iterable[str],
+        provenance: Mapping[str, Any] | None,
+        strengths: tuple[float, ...] = (),
+    ) -> None:
+        def read(name: str) -> Change:
+            return Dense(_difference(before[name], after[name], strengths))
+
+        super().__init__(names, read, provenance)
+        self._sides, self._strengths = (before, after), strengths
+
+    def __mul__(self, strength: float) -> Delta:
+        # One after the other, and not their product: the same bits as of a scaled tensor.
+        strengths = (*self._strengths, finite(strength))
+        return _Between(*self._sides, self.names, self.provenance, strengths)
+
+    __rmul__ = __mul__
+
+
 class Prefix(Delta):
     """Not a change, but what the base and the first changes of a state add up to: fp32, before it
     is rounded. First in a list of deltas, it stands for the base and for them (``compose``)."""
@@ -352,10 +377,14 @@ def _fitting(delta: Delta, name: str, base: Weights, shape: tuple[int, ...]) -> 
     return change
 
 
-def _difference(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+def _difference(
+    before: torch.Tensor, after: torch.Tensor, strengths: Sequence[float]
+) -> torch.Tensor:
     result = empty_tensor(after.shape, torch.float32)
     for part, start, end in in_step(result, before.detach().cpu(), after.detach().cpu()):
         part.copy_(end).sub_(start.float())
+        for strength in strengths:
+            part *= strength
     return result
 
 

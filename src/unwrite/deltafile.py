@@ -145,15 +145,18 @@ def save_changes(
     provenance: Mapping[str, Any],
     shard_bytes: int,
     on_progress: Progress | None,
+    *,
+    lasting: bool = True,
 ) -> None:
-    """Write changes into a folder, one at a time; see ``Delta.save``."""
+    """Write changes into a folder, one at a time; see ``Delta.save``. ``lasting``: see
+    ``TensorFileWriter``."""
     if (folder / DESCRIPTION).exists():
         raise UnwriteError(f"{folder} already holds a delta. Name a new folder.")
     json.dumps(provenance, allow_nan=False)  # an error before hours of work, not after
     folder.mkdir(parents=True, exist_ok=True)
     _remove_shards(folder)  # of a run that was cut off
     try:
-        entries = _write_shards(folder, changes, shard_bytes, on_progress)
+        entries = _write_shards(folder, changes, shard_bytes, on_progress, lasting)
         description = {
             "format": FORMAT,
             "version": VERSION,
@@ -182,7 +185,11 @@ def totals(facts: Iterable[TensorFacts]) -> dict[str, Any]:
 
 
 def _write_shards(
-    folder: Path, changes: Mapping[str, Change], shard_bytes: int, on_progress: Progress | None
+    folder: Path,
+    changes: Mapping[str, Change],
+    shard_bytes: int,
+    on_progress: Progress | None,
+    lasting: bool,
 ) -> dict[str, dict[str, Any]]:
     """Write the files; return what ``delta.json`` says of each tensor."""
 
@@ -205,7 +212,7 @@ def _write_shards(
             if file is None or _is_full(file, facts.bytes, stored.values(), shard_bytes):
                 opened.close()  # completes the shard before
                 number = len({entry["file"] for entry in entries.values()}) + 1
-                file = TensorFileWriter(folder / f"{number:05}.safetensors", room)
+                file = TensorFileWriter(folder / f"{number:05}.safetensors", room, lasting=lasting)
                 opened.enter_context(file)
             tensors = change.tensors()
             for end, key in stored.items():

@@ -205,11 +205,19 @@ class TensorFileWriter:
     ``room`` is the number of bytes kept free for the header, which is only known at the end:
     ``header_room`` gives a number that is always enough. The unused rest is filled with spaces,
     as the format allows. ``hashes`` maps each name to its ``tensor_sha256``. Hashing and flushing
-    run in side threads: at the end of a large file little is left to wait for.
+    run in side threads: at the end of a large file little is left to wait for. A file that is not
+    ``lasting`` may be lost with the machine, and is not flushed.
     """
 
-    def __init__(self, path: Path, room: int, *, metadata: Mapping[str, str] | None = None) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        room: int,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        lasting: bool = True,
+    ) -> None:
+        self.path, self._lasting = path, lasting
         self.hashes: dict[str, str] = {}
         self.bytes = 0  # of tensor data so far
         self._entries: dict[str, dict[str, Any]] = {}
@@ -281,7 +289,8 @@ class TensorFileWriter:
         with _speaking_of_disk(self.path):
             if self._flushing is not None:
                 self._flushing.result()
-            os.fsync(self._file.fileno())
+            if self._lasting:
+                os.fsync(self._file.fileno())
 
     def _write(self, data: memoryview) -> None:
         with _speaking_of_disk(self.path):
@@ -290,7 +299,7 @@ class TensorFileWriter:
 
     def _flush_beside(self) -> None:
         busy = self._flushing is not None and not self._flushing.done()
-        if not busy and self.bytes - self._flushed >= FLUSH_FROM:
+        if self._lasting and not busy and self.bytes - self._flushed >= FLUSH_FROM:
             if self._flushing is not None:
                 with _speaking_of_disk(self.path):
                     self._flushing.result()  # the system reports a failed write only once
