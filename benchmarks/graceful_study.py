@@ -3,14 +3,14 @@
     python -m benchmarks.graceful_study --stage develop
     python -m benchmarks.graceful_study --data ../shared/data
 
-``develop`` runs a grid of strengths on development tasks; ``report`` takes the best of them (mean
-difference of accuracy to the plain run) and compares, on other tasks: the most, the least and the
-least surely confident answers (top, bottom, random), and the three schedules (periodic, ahead,
-random), for every task to forget and all of them together (mixed), with the same number of learning
-steps in the same order. Of every run the test examples of the task and of what it forgot are asked.
-Finished runs are kept beside the result and not repeated; ``--summary`` only writes the result from
-what is there. With ``--data`` some of the tasks to forget are public ones (see the provenance of
-the data).
+``develop`` runs a grid of strengths and intervals on development tasks; ``report`` takes the best
+of them (mean difference of the loss on test examples to the plain run) and compares, on other
+tasks: the most, the least and the least surely confident answers (top, bottom, random), and the
+three schedules (periodic, ahead, random), for every task to forget and all of them together
+(mixed), with the same number of learning steps in the same order. Of every run the test examples of
+the task and of what it forgot are asked. Finished runs are kept beside the result and not repeated;
+``--summary`` only writes the result from what is there. With ``--data`` some of the tasks to forget
+are public ones (see the provenance of the data).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import measure
 from unwrite.delta import Delta
-from unwrite.finetuning import Course, answers, learn_task
+from unwrite.finetuning import Course, answers, closed, learn_task
 from unwrite.forgetting import (
     GracefulForgetting,
     fisher_diagonal,
@@ -58,10 +58,11 @@ PUBLIC = (
     ("p3_t0_tasks_x50.jsonl", "adversarial_qa_dbert_answer_the_following_q"),
 )
 MIXED = "mixed"
-STRENGTHS = (0.02, 0.05, 0.2, 0.5)
+STRENGTHS = (0.05, 0.2, 0.5)
+INTERVALS = (2, 4)  # learning steps between unlearning steps
 RESAMPLES = 2000
 NAMES = {"develop": "graceful_develop", "report": "graceful_study"}
-SETTINGS = ("epochs", "every", "share", "fisher", "limit")  # of the runs
+SETTINGS = ("epochs", "share", "fisher", "limit")  # of the runs
 
 
 @dataclass(frozen=True)
@@ -70,20 +71,34 @@ class Variant:
 
     name: str
     strength: float
+    every: int
     select: Any = "top"
     schedule: Any = "periodic"
 
 
-def variants(stage: str, strength: float) -> list[Variant]:
-    """The graceful variants of a stage."""
-    if stage == "develop":
-        return [Variant(f"strength {one}", one) for one in STRENGTHS]
+@dataclass(frozen=True)
+class Chosen:
+    """What is chosen on the development tasks."""
+
+    strength: float
+    every: int
+
+
+def variants(chosen: Chosen | None) -> list[Variant]:
+    """The graceful variants: the grid of development, or those that are reported."""
+    if chosen is None:
+        return [
+            Variant(f"strength {one}, every {steps}", one, steps)
+            for one in STRENGTHS
+            for steps in INTERVALS
+        ]
+    of = (chosen.strength, chosen.every)
     return [
-        Variant("top, periodic", strength),
-        Variant("bottom, periodic", strength, select="bottom"),
-        Variant("random, periodic", strength, select="random"),
-        Variant("top, ahead", strength, schedule="ahead"),
-        Variant("top, at random", strength, schedule="random"),
+        Variant("top, periodic", *of),
+        Variant("bottom, periodic", *of, select="bottom"),
+        Variant("random, periodic", *of, select="random"),
+        Variant("top, ahead", *of, schedule="ahead"),
+        Variant("top, at random", *of, schedule="random"),
     ]
 
 
@@ -97,12 +112,12 @@ class Study:
         self.course = Course(epochs=options.epochs, seed=seed)
         self.plain: Delta | None = None
 
-    def missing(self, stage: str, strength: float, done: set[str]) -> Iterator[dict[str, Any]]:
+    def missing(self, chosen: Chosen | None, done: set[str]) -> Iterator[dict[str, Any]]:
         """Every run that is not among ``done``, one row each."""
         if (key := self._key("plain", "")) not in done:
             yield {"key": key, **self._run("plain", "", None)}
         for forget in [*(task.name for task in self.let_go), MIXED]:
-            for variant in variants(stage, strength):
+            for variant in variants(chosen):
                 if (key := self._key(variant.name, forget)) not in done:
                     yield {"key": key, **self._run(variant.name, forget, variant)}
 
@@ -122,6 +137,7 @@ class Study:
         tests = [row for task in (self.task, *forgotten) for row in task.test]
         with self.model.shifted(delta):
             rows = answers(self.model, tests)
+            losses = test_losses(self.model, self.task)
             text = perplexity(self.model)
         return {
             "learn": self.task.name,
@@ -130,6 +146,7 @@ class Study:
             "seed": self.course.seed,
             "settings": None if variant is None else asdict(variant),
             "right": told(rows),
+            "loss": losses,
             "perplexity": text,
             "unlearning_steps": 0 if callback is None else callback.done,
             "skipped": sum(row["skipped"] for row in callback.history) if callback else 0,
@@ -174,12 +191,19 @@ class Study:
         return GracefulForgetting(
             [self.own[index][1] for index in chosen],
             confidence=[self.confidence[index] for index in chosen],
-            every=self.options.every,
+            every=variant.every,
             strength=variant.strength,
             schedule=variant.schedule,
             tokenizer=self.model.tokenizer,
             seed=self.course.seed,
         )
+
+
+def test_losses(model: Model, task: Task) -> list[float]:
+    """Of every test example of a task, the mean loss of its answer's tokens, the end mark included:
+    finer than right and wrong."""
+    rows = [closed(model, example) for example in task.test if example.answer]
+    return [round(-one.logprob / len(one.targets), 5) for one in model.force(rows)]
 
 
 def told(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -198,7 +222,8 @@ def rights(run: Mapping[str, Any], tasks: Sequence[str]) -> np.ndarray:
 def difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Mean of graceful minus plain over test examples, with a paired 95 % bootstrap interval.
 
-    Each pair holds rights (0 or 1) of the same examples; runs are resampled, then examples in them.
+    Each pair holds rights (0 or 1), or losses, of the same examples; runs are resampled, then
+    examples in them.
     """
     gaps = [graceful - plain for graceful, plain in pairs]
     source = np.random.default_rng(0)
@@ -216,6 +241,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     plain = {(row["learn"], row["seed"]): row for row in rows if row["variant"] == "plain"}
     learned: dict[str, list[Any]] = defaultdict(list)
     forgotten: dict[str, list[Any]] = defaultdict(list)
+    losses: dict[str, list[Any]] = defaultdict(list)
     by_pair: dict[str, list[Any]] = defaultdict(list)
     texts: dict[str, list[float]] = defaultdict(list)
     for row in rows:
@@ -226,6 +252,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         let_go = [task for task in row["right"] if task != learn]
         of_task = (rights(row, [learn]), rights(other, [learn]))
         learned[name].append(of_task)
+        losses[name].append((np.array(row["loss"]), np.array(other["loss"])))
         by_pair[f"{learn}, {row['forget']}, {name}"].append(of_task)
         forgotten[name].append((rights(row, let_go), rights(other, let_go)))
         texts[name].append(row["perplexity"] / other["perplexity"])
@@ -235,7 +262,12 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
     return {
         "plain_accuracy": accuracy,
+        "plain_loss": {
+            f"{learn}, seed {seed}": float(np.mean(row["loss"]))
+            for (learn, seed), row in plain.items()
+        },
         "learned": {name: difference(pairs) for name, pairs in learned.items()},
+        "loss": {name: difference(pairs) for name, pairs in losses.items()},
         "forgotten": {name: difference(pairs) for name, pairs in forgotten.items()},
         "by_pair": {name: difference(pairs) for name, pairs in by_pair.items()},
         "perplexity_ratio": {name: statistics.mean(values) for name, values in texts.items()},
@@ -249,14 +281,15 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def chosen_strength() -> float:
-    """The strength with the best mean difference on the development tasks."""
+def best_of_development() -> Chosen:
+    """The settings with the lowest mean difference of loss on the development tasks."""
     runs = measure.lines(runs_of("develop"))
     if not runs:
-        raise SystemExit("run --stage develop first, or give --strength")
-    learned = summarise(runs)["learned"]
-    best = max(learned, key=lambda name: learned[name]["difference"])
-    return float(best.removeprefix("strength "))
+        raise SystemExit("run --stage develop first, or give --strength and --every")
+    loss = summarise(runs)["loss"]
+    best = min(loss, key=lambda name: loss[name]["difference"])
+    settings = next(run["settings"] for run in runs if run["variant"] == best)
+    return Chosen(settings["strength"], settings["every"])
 
 
 def runs_of(stage: str) -> Path:
@@ -264,9 +297,9 @@ def runs_of(stage: str) -> Path:
     return measure.RESULTS / f"{NAMES[stage]}.jsonl"
 
 
-def settings_of(options: Any) -> dict[str, Any]:
+def settings_of(options: Any, chosen: Chosen | None) -> dict[str, Any]:
     """What all runs of a stage have in common."""
-    return {name: getattr(options, name) for name in SETTINGS}
+    return {name: getattr(options, name) for name in SETTINGS} | (asdict(chosen) if chosen else {})
 
 
 def main() -> None:
@@ -276,32 +309,33 @@ def main() -> None:
     parser.add_argument("--base", default="smollm2-135m")
     parser.add_argument("--data", type=Path, help="folder of the public data")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--share", type=float, default=0.125)
     parser.add_argument("--fisher", type=int, default=120, help="examples for the Fisher diagonal")
     parser.add_argument("--limit", type=int, help="training examples of each task")
     parser.add_argument("--tasks", type=int, help="only so many tasks of each kind")
     parser.add_argument("--strength", type=float, help="instead of the best on development")
+    parser.add_argument("--every", type=int, help="with --strength")
     parser.add_argument("--summary", action="store_true", help="only write the result")
     options = parser.parse_args()
-    strength = 0.0
-    if options.stage == "report":
-        strength = options.strength or chosen_strength()
+    chosen = None
+    if options.stage == "report" and options.strength and options.every:
+        chosen = Chosen(options.strength, options.every)
+    elif options.stage == "report":
+        chosen = best_of_development()
     if not options.summary:
-        run(options, strength)
+        run(options, chosen)
     rows = measure.lines(runs_of(options.stage))
-    settings = settings_of(options) | ({"strength": strength} if options.stage == "report" else {})
-    content = {"settings": settings, "runs": len(rows), **summarise(rows)}
+    content = {"settings": settings_of(options, chosen), "runs": len(rows), **summarise(rows)}
     measure.write(NAMES[options.stage], content, module="graceful_study")
 
 
-def run(options: Any, strength: float) -> None:
+def run(options: Any, chosen: Chosen | None) -> None:
     """Add every missing run to those that there are."""
     model = Model.load(options.base)
     path = runs_of(options.stage)
     there = measure.lines(path)
-    settings = settings_of(options)
+    settings = settings_of(options, chosen)
     if any(row["options"] != settings for row in there):
         raise SystemExit(f"The runs in {path.name} had other settings; give those, or remove it.")
     done = {row["key"] for row in there}
@@ -316,9 +350,7 @@ def run(options: Any, strength: float) -> None:
     for seed in range(options.seeds):
         for name in LEARN[options.stage][: options.tasks]:
             task = read_task(f"bank:{name}", limit=options.limit)
-            for row in Study(model, task, let_go, seed, options).missing(
-                options.stage, strength, done
-            ):
+            for row in Study(model, task, let_go, seed, options).missing(chosen, done):
                 measure.add_line(path, row | {"options": settings})
 
 

@@ -313,9 +313,10 @@ def graceful() -> list[str]:
         for variant, learned in result["learned"].items():
             both = (learned, result["forgotten"][variant])
             cells = [gap(one["difference"], one["low"], one["high"]) for one in both]
+            nats = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**result["loss"][variant])
             ratio = f"x {result['perplexity_ratio'][variant]:.3f}"
-            found.append(row(title, variant, str(learned["runs"]), *cells, ratio))
-    head = ("tasks", "variant", "runs", "learned task", "tasks to forget", "perplexity")
+            found.append(row(title, variant, str(learned["runs"]), cells[0], nats, cells[1], ratio))
+    head = ("tasks", "variant", "runs", "learned task", "its loss", "to forget", "perplexity")
     return [row(*head), row(*["---"] * len(head)), *found] if found else MISSING
 
 

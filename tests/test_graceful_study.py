@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 
 from benchmarks import graceful_study, measure
-from benchmarks.graceful_study import FORGET, LEARN, difference, summarise
+from benchmarks.graceful_study import FORGET, LEARN, PUBLIC, Chosen, difference, summarise
 from unwrite.tasks import Example, Task, task_names
 
 
-def row(variant, forget, rights, seed=0, perplexity=10.0):
+def row(variant, forget, rights, seed=0, perplexity=10.0, loss=(1.0, 2.0)):
     return {
         "learn": "a",
         "forget": forget,
         "variant": variant,
         "seed": seed,
         "right": rights,
+        "loss": list(loss),
         "perplexity": perplexity,
         "train_seconds": 1.0,
     }
@@ -25,13 +26,15 @@ def row(variant, forget, rights, seed=0, perplexity=10.0):
 
 def test_runs_are_compared_with_the_plain_run_of_their_task_and_seed():
     plain, better = {"a": "10", "b": "11", "c": "0"}, {"a": "11", "b": "01"}
-    rows = [row("plain", "", plain), row("top", "b", better, perplexity=11.0)]
+    rows = [row("plain", "", plain), row("top", "b", better, perplexity=11.0, loss=(0.5, 2.0))]
     rows.append(row("top", "b", better, seed=1))  # its plain run is missing: left out
     found = summarise(rows)
     assert found["plain_accuracy"] == {"a, seed 0": 0.5}
     assert found["learned"]["top"]["difference"] == 0.5
     assert found["learned"]["top"]["runs"] == 1
     assert found["forgotten"]["top"]["difference"] == -0.5  # of b alone
+    assert found["plain_loss"] == {"a, seed 0": 1.5}
+    assert found["loss"]["top"]["difference"] == -0.25
     assert found["perplexity_ratio"]["top"] == pytest.approx(1.1)
     mixed = summarise([rows[0], row("top", "mixed", better | {"c": "1"})])
     assert mixed["forgotten"]["top"]["difference"] == pytest.approx(0.0)  # of b and c
@@ -50,7 +53,7 @@ def test_parameters_are_chosen_on_other_tasks_than_reported():
     reported = {*LEARN["report"], *FORGET["report"]}
     assert not chosen & reported
     assert chosen | reported <= set(task_names())
-    assert len(LEARN["report"]) >= 5 and len(FORGET["report"]) >= 5
+    assert len(LEARN["report"]) >= 5 and len((*FORGET["report"], *PUBLIC)) >= 5
 
 
 def test_both_stages_run_and_go_on_where_they_were(worlds, tmp_path, monkeypatch):
@@ -70,8 +73,9 @@ def test_both_stages_run_and_go_on_where_they_were(worlds, tmp_path, monkeypatch
     path = tmp_path / "graceful_study.jsonl"
     found = json.loads((tmp_path / "graceful_study.json").read_text("utf-8"))
     rows = measure.lines(path)
-    assert found["runs"] == len(rows) == 1 + 2 * len(graceful_study.variants("report", 0.1))
+    assert found["runs"] == len(rows) == 1 + 2 * len(graceful_study.variants(Chosen(0.1, 2)))
     assert found["settings"]["strength"] in graceful_study.STRENGTHS
+    assert found["settings"]["every"] in graceful_study.INTERVALS
     learn, let_go = LEARN["report"][0], FORGET["report"][0]
     assert all(set(row["right"]) == {learn, let_go} for row in rows)
     measure.write_jsonl(path, rows[:-1])
@@ -80,7 +84,7 @@ def test_both_stages_run_and_go_on_where_they_were(worlds, tmp_path, monkeypatch
     assert [row["key"] for row in measure.lines(path)] == [row["key"] for row in rows]
     assert _counted.calls == 1, "only what was missing"
     with pytest.raises(SystemExit, match="other settings"):
-        study("--every", "3")
+        study("--share", "0.5")
 
 
 def toy(worlds, name):
