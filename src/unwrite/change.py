@@ -302,7 +302,8 @@ class Masked(Change):
 
     def blocks(self) -> Iterator[Block]:
         for place, inside, used in self._runs():
-            run = torch.zeros(place.stop - place.start, device=self.values.device)
+            count = place.stop - place.start
+            run = torch.zeros(count, dtype=torch.float32, device=self.values.device)
             where = torch.from_numpy(inside).to(run.device)
             yield place, run.index_copy_(0, where, self.values[used])
 
