@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.measure import in_turns, peak_memory, ratio, write
 from unwrite import Delicate, Edit, FullFT, LoRA, load, read_edits
 from unwrite.methods.probes import answers
@@ -115,7 +113,7 @@ def read_frozen(model: Model, lessons: Sequence[Sequence[Pair]], recipe: LoRA) -
         for _ in range(recipe.epochs):
             for start in range(0, len(rows[0]), recipe.batch_size):
                 batch = [one for side in rows for one in side[start : start + recipe.batch_size]]
-                row_losses(model.network, batch, torch.device("cpu")).sum().backward()
+                row_losses(model.network, batch, model.device).sum().backward()
     finally:
         handle.remove()
         model.network.requires_grad_(True)

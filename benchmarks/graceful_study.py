@@ -318,11 +318,12 @@ def main() -> None:
     parser.add_argument("--every", type=int, help="with --strength")
     parser.add_argument("--summary", action="store_true", help="only write the result")
     options = parser.parse_args()
+    given = [options.strength, options.every]
+    if any(given) and not (all(given) and options.stage == "report"):
+        parser.error("--strength and --every belong together, and to the stage report")
     chosen = None
-    if options.stage == "report" and options.strength and options.every:
-        chosen = Chosen(options.strength, options.every)
-    elif options.stage == "report":
-        chosen = best_of_development()
+    if options.stage == "report":
+        chosen = Chosen(*given) if all(given) else best_of_development()
     if not options.summary:
         run(options, chosen)
     rows = measure.lines(runs_of(options.stage))

@@ -68,6 +68,9 @@ def test_both_stages_run_and_go_on_where_they_were(worlds, tmp_path, monkeypatch
 
     with pytest.raises(SystemExit, match="develop first"):
         study()
+    for lone in (("--strength", "0.1"), ("--every", "2"), ("--stage", "develop", "--every", "2")):
+        with pytest.raises(SystemExit, match="2"):
+            study(*lone)
     study("--stage", "develop")
     study()
     path = tmp_path / "graceful_study.jsonl"
