@@ -365,13 +365,49 @@ def test_self_generation(worlds, tmp_path, monkeypatch):
     assert [pair.prompt for pair in found] == prompts
     assert [pair.answer.split()[0] for pair in found] == [edit.old for edit in pets]
     # From the cache: no generation at all, and only for these weights.
-    monkeypatch.setattr(Model, "generate", lambda *_: pytest.fail("generated again"))
+    monkeypatch.setattr(Model, "generate", lambda *_, **__: pytest.fail("generated again"))
     assert self_generate(model, prompts) == found
     name = next(iter(model.weights))
     with torch.no_grad():
         model.weights[name].add_(1.0)
     with pytest.raises(pytest.fail.Exception, match="generated again"):
         self_generate(model, prompts)
+
+
+def test_sampled_answers_hang_on_prompt_and_seed_alone(worlds, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path))
+    model = Model.load(worlds().folder)
+    prompts = [edit.prompt for edit in worlds().edits]
+    warm = {"temperature": 2.0, "max_new_tokens": 6}
+    found = self_generate(model, prompts, seed=1, **warm)
+    assert found == self_generate(model, prompts, seed=1, cached=False, **warm)
+    assert found != self_generate(model, prompts, seed=2, **warm)
+    assert found != self_generate(model, prompts, max_new_tokens=6)
+    alone = [self_generate(model, [one], seed=1, cached=False, **warm) for one in prompts[::-1]]
+    assert {pair for pairs in alone for pair in pairs} == set(found)
+    # The colder, the nearer to the greedy answer.
+    cold = self_generate(model, prompts, temperature=1e-4, max_new_tokens=6)
+    assert cold == self_generate(model, prompts, max_new_tokens=6)
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(BadSetting, match="temperature"):
+            self_generate(model, prompts, temperature=wrong)
+
+
+def test_samples_fall_as_often_as_they_are_likely(worlds):
+    """The likeliest first token, over many seeds, against the softmax at that temperature."""
+    model = Model.load(worlds().folder)
+    prompt = worlds().edits[0].prompt
+    drawn = [
+        model.generate([prompt], 1, temperature=1.5, seed=seed)[0].strip() for seed in range(400)
+    ]
+    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+    logits = model.logits_at(ids, torch.tensor([0]), torch.tensor([ids.shape[1] - 1]))[0]
+    shares = (logits.detach().double() / 1.5).softmax(dim=-1)
+    likeliest = int(shares.argmax())
+    share = float(shares[likeliest])
+    seen = drawn.count(model.tokenizer.decode([likeliest]).strip()) / len(drawn)
+    assert 0.02 < share < 0.98, "the toy model must leave something to chance"
+    assert abs(seen - share) < 4 * (share * (1 - share) / len(drawn)) ** 0.5
 
 
 def test_only_wrong_answers_are_kept_if_so_wished(worlds):

@@ -13,6 +13,7 @@ script.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import shutil
@@ -91,8 +92,7 @@ class Course:
     def as_json(self) -> dict[str, Any]:
         """The settings; those that earlier versions did not know only where they are not at their
         defaults, so that what was begun then goes on."""
-        later = {"accumulate": 1, "optimizer": "adamw"}
-        return {key: one for key, one in asdict(self).items() if later.get(key) != one}
+        return _unlike(self, {"accumulate": 1, "optimizer": "adamw"})
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Letting:
     strength: float = 0.05
     schedule: Schedule = "periodic"
     keep: Keep = "all"
+    temperature: float = 0.0  # of the answers that are let go; 0 is greedy
     confidence_step: float | Literal["matched"] = "matched"
     fisher_examples: int = EXAMPLES
     loss_cap: float | None = None
@@ -118,6 +119,12 @@ class Letting:
     def __post_init__(self) -> None:
         if not self.share > 0 or not self.fisher_examples > 0:
             raise BadSetting("share and fisher_examples must be greater than 0.")
+        if not 0 <= self.temperature < math.inf:
+            raise BadSetting(f"temperature is 0 (greedy) or above it, not {self.temperature}.")
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings; see ``Course.as_json``."""
+        return _unlike(self, {"temperature": 0.0})
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class _Run:
             "forget": {task.name: _digest(task) for task in let_go},
             "method": method,
             "course": course.as_json(),
-            "letting": asdict(letting),
+            "letting": letting.as_json(),
         }
         path = folder / "run.json"
         if not path.exists():
@@ -245,7 +252,7 @@ class _Run:
             "forgotten": forgotten,
             "seconds": self.seconds,
             "course": self.course.as_json(),
-            "letting": asdict(self.letting) if self.method != "plain" else None,
+            "letting": self.letting.as_json() if self.method != "plain" else None,
         }
         write_atomically(self.folder / "report.md", report(result))
         write_json(result_path, result)
@@ -318,7 +325,13 @@ class _Run:
             rows = [
                 {"task": task.name, "prompt": pair.prompt, "answer": pair.answer}
                 for task in self.let_go
-                for pair in self_generate(self.model, task.train, keep=self.letting.keep)
+                for pair in self_generate(
+                    self.model,
+                    task.train,
+                    keep=self.letting.keep,
+                    temperature=self.letting.temperature,
+                    seed=self.course.seed,
+                )
             ]
             write_jsonl(path, rows)
         return [(Pair(row["prompt"], row["answer"]), row["task"]) for row in read_jsonl(path)]
@@ -740,6 +753,12 @@ def report(result: Mapping[str, Any]) -> str:
 
 
 # ---- small things --------------------------------------------------------------------------------
+
+
+def _unlike(settings: Course | Letting, later: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON, but what stands in ``later`` only where it differs."""
+    whole = asdict(settings)
+    return {key: one for key, one in whole.items() if key not in later or one != later[key]}
 
 
 def _method(name: str) -> Method:

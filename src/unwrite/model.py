@@ -11,6 +11,8 @@ Memory: one fp32 copy of the network; ``shifted`` adds a copy of the tensors it 
 from __future__ import annotations
 
 import contextlib
+import math
+import random
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -406,12 +408,21 @@ class Model:
         max_new_tokens: int = MAX_NEW_TOKENS,
         *,
         stop_early: bool = True,
+        temperature: float = 0.0,
+        seed: int = 0,
     ) -> list[str]:
-        """Greedy continuations, batched with a key-value cache; equal prompts are answered once.
+        """Continuations, batched with a key-value cache; equal prompts are answered once.
 
-        A row stops at the end-of-text token, after ``max_new_tokens`` and, with ``stop_early``, as
-        soon as its first sentence is complete; finished rows leave the batch.
+        Greedy, or sampled at a ``temperature`` above 0: every prompt draws numbers of its own, by
+        its text and ``seed``, so that what it is batched with changes nothing. A row stops at the
+        end-of-text token, after ``max_new_tokens`` and, with ``stop_early``, as soon as its first
+        sentence is complete; finished rows leave the batch. Raises ``BadSetting`` for a temperature
+        that is none, ``BadEdits`` for a prompt without tokens or with too many.
         """
+        if not 0 <= temperature < math.inf:
+            raise BadSetting(
+                f"A temperature is 0 (greedy) or a number above it, not {temperature}."
+            )
         unique = sorted(set(prompts))
         encoded = [self.tokenizer(prompt)["input_ids"] for prompt in unique]
         for prompt, ids in zip(unique, encoded, strict=True):
@@ -426,14 +437,20 @@ class Model:
         texts: dict[str, str] = {}
         with self.progress.stage("answering freely", len(unique)) as advance:
             for batch in length_batches([len(ids) for ids in encoded]):
+                asked = [unique[index] for index in batch]
+                choice = _Sampling(asked, temperature, seed) if temperature else _greedy
                 ids_of_batch = [encoded[index] for index in batch]
-                answers = self._continue(ids_of_batch, max_new_tokens, stop_early)
-                texts.update(zip((unique[index] for index in batch), answers, strict=True))
+                answers = self._continue(ids_of_batch, max_new_tokens, stop_early, choice)
+                texts.update(zip(asked, answers, strict=True))
                 advance(len(batch), "")
         return [texts[prompt] for prompt in prompts]
 
     def _continue(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_early: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_early: bool,
+        choice: Choice,
     ) -> list[str]:
         from transformers import DynamicCache
 
@@ -445,7 +462,7 @@ class Model:
             last = torch.full((len(active),), ids.shape[1] - 1)
             rows = torch.arange(len(active))
             logits = self._cached(ids, mask, positions, cache, rows, last)
-            chosen = logits.argmax(dim=-1)
+            chosen = choice(logits, active.tolist())
             going = []
             for row, token in enumerate(chosen.tolist()):
                 tokens = written[int(active[row])]
@@ -661,6 +678,30 @@ def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
         with contextlib.suppress(BadEdits):
             found += [model.tokens(prompt, answer)] if answer.strip() else []
     return found
+
+
+# Which token comes next: from logits (n, vocabulary) and the places of their prompts, ids (n,).
+Choice = Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+def _greedy(logits: torch.Tensor, _places: Sequence[int]) -> torch.Tensor:
+    return logits.argmax(dim=-1)
+
+
+class _Sampling:
+    """Draws every token where a number of its prompt's own falls among the summed probabilities."""
+
+    def __init__(self, prompts: Sequence[str], temperature: float, seed: int) -> None:
+        self.sources = [random.Random(f"{seed}/{prompt}") for prompt in prompts]
+        self.temperature = temperature
+
+    def __call__(self, logits: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        sums = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        drawn = sums.new_tensor([self.sources[place].random() for place in places])[:, None]
+        # To the right of equal sums, so that a token of probability 0 is never hit.
+        return torch.searchsorted(sums, drawn * sums[:, -1:], right=True)[:, 0].clamp_(
+            max=logits.shape[-1] - 1
+        )
 
 
 def _judged(

@@ -28,9 +28,12 @@ def self_generate(
     *,
     keep: Keep = "all",
     max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
     cached: bool = True,
 ) -> list[Pair]:
-    """The greedy answers of ``model``, as it is now, to every distinct prompt, in their order.
+    """The answers of ``model``, as it is now, to every distinct prompt, in their order: greedy, or
+    sampled by ``seed`` at a ``temperature`` above 0.
 
     An answer ends with its first line or sentence, with the end of the text, or after
     ``max_new_tokens``; empty ones are left out. ``keep="wrong"`` keeps those that are not the
@@ -40,11 +43,12 @@ def self_generate(
     """
     asked = {one.prompt if isinstance(one, Example) else one: one for one in prompts}
     wanted = list(asked)
-    path = _cache(model, max_new_tokens) if cached else None
+    how = [temperature, seed] if temperature else []
+    path = _cache(model, [max_new_tokens, *how]) if cached else None
     known = _known(path)
     missing = [prompt for prompt in wanted if prompt not in known]
     if missing:
-        texts = model.generate(missing, max_new_tokens)
+        texts = model.generate(missing, max_new_tokens, temperature=temperature, seed=seed)
         known |= {prompt: _first_line(text) for prompt, text in zip(missing, texts, strict=True)}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +73,8 @@ def _label(asked: str | Example) -> str:
     )
 
 
-def _cache(model: Model, max_new_tokens: int) -> Path:
-    setting = json.dumps([fingerprint(model.weights), max_new_tokens])
+def _cache(model: Model, how: Sequence[float]) -> Path:
+    setting = json.dumps([fingerprint(model.weights), *how])
     return cache_folder() / "self-generated" / f"{sha256_bytes(setting.encode())[:32]}.jsonl"
 
 
