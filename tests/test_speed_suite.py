@@ -97,6 +97,21 @@ def test_rates_are_of_this_machine(monkeypatch):
     assert 1e8 < floors.multiplications() < 1e14
     assert 1e8 < floors.multiplications(torch.bfloat16) < 1e15
     assert 1e7 < floors.copying() < 1e13
+    monkeypatch.setattr(floors, "HASHED", 1 << 18)
+    assert 1e7 < floors.adding_squares() < 1e13
+    assert 1e7 < floors.hashing() < 1e13
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_neox"])
+def test_matrices_are_all_weights_but_norms_biases_and_tables_of_tokens(worlds, kind):
+    model = Model.load(worlds(kind).folder)
+    tables = ("embed", "lm_head", "wte")
+    counted = [t.numel() for n, t in model.weights.items() if t.ndim == 2 and not has(n, tables)]
+    assert floors.matrix_elements(model) == sum(counted) > 0
+
+
+def has(name: str, parts: tuple[str, ...]) -> bool:
+    return any(part in name for part in parts)
 
 
 @pytest.mark.parametrize("kind", undo.KINDS)

@@ -28,7 +28,7 @@ import torch
 from unwrite.anatomy import Anatomy
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting, TensorMismatch
-from unwrite.forgetting.per_example import Gradients, visit_gradients
+from unwrite.forgetting.per_example import EXAMPLES_PER_BATCH, Gradients, visit_gradients
 from unwrite.model import Model
 from unwrite.training import Pair
 
@@ -81,7 +81,7 @@ def forgetting_confidence(
     *,
     step: float | Literal["matched"] = "matched",
     order: Literal[1, 2] = 2,
-    batch_size: int = 16,
+    batch_size: int = EXAMPLES_PER_BATCH,
 ) -> Confidence:
     """FC of every example at the model's present weights, which are to be the base.
 

@@ -16,7 +16,7 @@ import torch
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits
-from unwrite.forgetting.per_example import Gradients, visit_gradients
+from unwrite.forgetting.per_example import EXAMPLES_PER_BATCH, Gradients, visit_gradients
 from unwrite.model import Model
 from unwrite.training import Pair
 
@@ -28,7 +28,7 @@ def fisher_diagonal(
     data: Sequence[Pair],
     *,
     tensors: Callable[[str], bool] | None = None,
-    batch_size: int = 16,
+    batch_size: int = EXAMPLES_PER_BATCH,
 ) -> Delta:
     """The empirical Fisher diagonal at the model's present weights, in fp32.
 

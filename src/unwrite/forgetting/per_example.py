@@ -22,8 +22,10 @@ from typing import Any
 import torch
 
 from unwrite import products
+from unwrite.allocator import freed_memory_is_kept
 from unwrite.model import Model, Tokens, head_sees, length_batches, pad
 
+EXAMPLES_PER_BATCH = 64  # of short examples; few rows are slow to multiply
 POSITIONS_PER_BATCH = 1024  # positions (rows x length): bounds what a batch holds
 BLOCK = 1 << 20  # numbers of one example's gradient at once: 4 MB, which a shared cache holds
 FEW = 4  # positions up to which products of pairs are cheaper than forming a gradient
@@ -209,15 +211,15 @@ def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
     Rows by rows and not example by example, so that what they are held against stays in the cache.
     The block is the caller's: it may be changed.
     """
-    size, _, height = whole.left.shape
+    left = whole.left.mT.contiguous()  # what oneDNN would have to turn around for every block
+    size, height, _ = left.shape
     width = whole.right.shape[2]
     # The cache counts on a processor; on an accelerator the number of calls does.
     step = max(1, BLOCK // width) if whole.right.device.type == "cpu" else height
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         for example in range(size):
-            left, right = whole.left[example, :, rows], whole.right[example]
-            yield example, rows, products.multiply(left.t(), right.t())
+            yield example, rows, products.multiply(left[example, rows], whole.right[example].t())
 
 
 # Called for every tensor of every batch with its file name, its gradients, and the batch's indices.
@@ -230,7 +232,7 @@ def visit_gradients(
     visit: Visit,
     *,
     tensors: Callable[[str], bool] | None = None,
-    batch_size: int = 16,
+    batch_size: int = EXAMPLES_PER_BATCH,
     title: str = "gradients of examples",
 ) -> list[float]:
     """Give ``visit`` the per-example gradients of every tensor; return the examples' losses.
@@ -242,7 +244,11 @@ def visit_gradients(
     """
     chosen = model.trainable(tensors)
     losses = [0.0] * len(sequences)
-    with _Watch(model, chosen, visit) as watch, model.progress.stage(title, len(sequences)) as told:
+    with (
+        _Watch(model, chosen, visit) as watch,
+        freed_memory_is_kept(model.largest_tensor),  # every block is made and freed
+        model.progress.stage(title, len(sequences)) as told,
+    ):
         lengths = [len(tokens.ids) for tokens in sequences]
         waiting = length_batches(lengths, rows=batch_size, positions=POSITIONS_PER_BATCH)
         while waiting:
