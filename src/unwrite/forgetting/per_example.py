@@ -195,14 +195,16 @@ def _both(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``<linear, g>`` and ``<quadratic, g^2>`` of every example, (batch,) in fp64, forming each
     gradient once, block by block."""
-    size = whole.left.shape[0]
-    parts: list[list[torch.Tensor]] = [[] for _ in range(2 * size)]
-    for example, rows, block in _blocks(whole):
+    firsts, seconds = [], []
+    for _, rows, block in _blocks(whole):
         flat = block.view(-1)
-        parts[example].append(torch.dot(flat, linear[rows].reshape(-1)))
-        parts[size + example].append(torch.dot(flat.square_(), quadratic[rows].reshape(-1)))
-    sums = torch.stack([torch.stack(one) for one in parts]).double().sum(dim=1)
-    return sums[:size], sums[size:]
+        firsts.append(torch.dot(flat, linear[rows].reshape(-1)))
+        seconds.append(torch.dot(flat.square_(), quadratic[rows].reshape(-1)))
+    # In all rows the examples come one after the other.
+    first, second = (
+        torch.stack(one).view(-1, len(whole.left)).double().sum(dim=0) for one in (firsts, seconds)
+    )
+    return first, second
 
 
 def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
