@@ -9,8 +9,8 @@ tasks: the most, the least and the least surely confident answers (top, bottom, 
 three schedules (periodic, ahead, random), for every task to forget and all of them together
 (mixed), with the same number of learning steps in the same order. Of every run the test examples of
 the task and of what it forgot are asked. Finished runs are kept beside the result and not repeated;
-``--summary`` only writes the result from what is there. With ``--data`` some of the tasks to forget
-are public ones (see the provenance of the data).
+``--summary`` only writes the result, from the seeds of which every run is there. With ``--data``
+some of the tasks to forget are public ones (see the provenance of the data).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ FORGET = {
 # Public tasks to forget besides, with ``--data``: file and name of the task there.
 PUBLIC = (
     ("multitask_50.jsonl", "ii_antonyms"),
-    ("p3_t0_tasks_x50.jsonl", "adversarial_qa_dbert_answer_the_following_q"),
+    ("p3_t0_tasks_x50.jsonl", "commonsense_qa_answer_given_question_without_options"),
 )
 MIXED = "mixed"
 STRENGTHS = (0.05, 0.2, 0.5)
@@ -214,62 +214,92 @@ def told(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return dict(found)
 
 
-def rights(run: Mapping[str, Any], tasks: Sequence[str]) -> np.ndarray:
-    """Of a run, 0 or 1 for the test examples of some tasks, one after the other."""
-    return np.array([float(one) for task in tasks for one in run["right"][task]])
+def rights(run: Mapping[str, Any], tasks: Sequence[str]) -> dict[tuple[str, int], float]:
+    """Of a run, 0 or 1 for every test example of some tasks."""
+    return {(task, n): float(one) for task in tasks for n, one in enumerate(run["right"][task])}
 
 
-def difference(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Mean of graceful minus plain over test examples, with a paired 95 % bootstrap interval.
+def losses(run: Mapping[str, Any]) -> dict[tuple[str, int], float]:
+    """Of a run, the loss of every test example of the task that it learned."""
+    return {(run["learn"], number): one for number, one in enumerate(run["loss"])}
 
-    Each pair holds rights (0 or 1), or losses, of the same examples; runs are resampled, then
-    examples in them.
+
+class Gaps:
+    """What graceful runs differ in from the plain run that they are held against.
+
+    Every run counts the same, and in it every example. Runs against one plain run share its
+    accidents and ask the same examples, so the interval draws plain runs, then examples in each,
+    and what is drawn brings all its differences along.
     """
-    gaps = [graceful - plain for graceful, plain in pairs]
-    source = np.random.default_rng(0)
-    means = []
-    for _ in range(RESAMPLES):
-        drawn = [gaps[index] for index in source.integers(0, len(gaps), len(gaps))]
-        means.append(np.mean([source.choice(one, len(one)).mean() for one in drawn]))
-    low, high = np.percentile(means, [2.5, 97.5])
-    value = float(np.mean([one.mean() for one in gaps]))
-    return {"difference": value, "low": float(low), "high": float(high), "runs": len(gaps)}
+
+    def __init__(self) -> None:
+        self.runs = 0
+        # By task and seed, then example: sum of the weighted differences, and of their weights.
+        self.sums: dict[Any, dict[Any, np.ndarray]] = defaultdict(lambda: defaultdict(_nothing))
+
+    def add(self, group: Any, graceful: Mapping[Any, float], plain: Mapping[Any, float]) -> None:
+        """One run: a value for each of its examples, which the plain run has as well."""
+        self.runs += 1
+        for example, value in graceful.items():
+            self.sums[group][example] += np.array([value - plain[example], 1]) / len(graceful)
+
+    def summary(self) -> dict[str, float]:
+        """Mean of graceful minus plain, with a paired 95 % bootstrap interval."""
+        groups = [np.array(list(examples.values())) for examples in self.sums.values()]
+        total, weight = np.concatenate(groups).sum(axis=0)
+        source = np.random.default_rng(0)
+        means = []
+        for _ in range(RESAMPLES):
+            drawn = [groups[index] for index in source.integers(0, len(groups), len(groups))]
+            sums = np.sum([source.choice(one, len(one)).sum(axis=0) for one in drawn], axis=0)
+            means.append(sums[0] / sums[1])
+        low, high = np.percentile(means, [2.5, 97.5])
+        return {
+            "difference": float(total / weight),
+            "low": float(low),
+            "high": float(high),
+            "runs": self.runs,
+        }
+
+
+def _nothing() -> np.ndarray:
+    return np.zeros(2)
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Differences of every variant to the plain runs of the same task and seed."""
+    """Differences to the plain runs of the same task and seed: of every variant, and of all
+    variants together by what was learned and by what was to be forgotten."""
     plain = {(row["learn"], row["seed"]): row for row in rows if row["variant"] == "plain"}
-    learned: dict[str, list[Any]] = defaultdict(list)
-    forgotten: dict[str, list[Any]] = defaultdict(list)
-    losses: dict[str, list[Any]] = defaultdict(list)
-    by_pair: dict[str, list[Any]] = defaultdict(list)
+    found: dict[str, dict[str, Gaps]] = defaultdict(lambda: defaultdict(Gaps))
     texts: dict[str, list[float]] = defaultdict(list)
     for row in rows:
-        other = plain.get((row["learn"], row["seed"]))
-        if row["variant"] == "plain" or other is None:
+        group, name, learn = (row["learn"], row["seed"]), row["variant"], row["learn"]
+        other = plain.get(group)
+        if name == "plain" or other is None:
             continue
-        name, learn = row["variant"], row["learn"]
         let_go = [task for task in row["right"] if task != learn]
-        of_task = (rights(row, [learn]), rights(other, [learn]))
-        learned[name].append(of_task)
-        losses[name].append((np.array(row["loss"]), np.array(other["loss"])))
-        by_pair[f"{learn}, {row['forget']}, {name}"].append(of_task)
-        forgotten[name].append((rights(row, let_go), rights(other, let_go)))
+        right, loss = (rights(row, [learn]), rights(other, [learn])), (losses(row), losses(other))
+        found["learned"][name].add(group, *right)
+        found["loss"][name].add(group, *loss)
+        found["forgotten"][name].add(group, rights(row, let_go), rights(other, let_go))
+        for part, value in (("by_learned", learn), ("by_forgotten", row["forget"])):
+            found[part][value].add(group, *right)
+            found[f"loss_{part}"][value].add(group, *loss)
+        found["by_pair"][f"{learn}, {row['forget']}, {name}"].add(group, *right)
         texts[name].append(row["perplexity"] / other["perplexity"])
-    accuracy = {
-        f"{learn}, seed {seed}": float(rights(row, [learn]).mean())
-        for (learn, seed), row in plain.items()
-    }
     return {
-        "plain_accuracy": accuracy,
-        "plain_loss": {
-            f"{learn}, seed {seed}": float(np.mean(row["loss"]))
+        "plain_accuracy": {
+            f"{learn}, seed {seed}": statistics.mean(rights(row, [learn]).values())
             for (learn, seed), row in plain.items()
         },
-        "learned": {name: difference(pairs) for name, pairs in learned.items()},
-        "loss": {name: difference(pairs) for name, pairs in losses.items()},
-        "forgotten": {name: difference(pairs) for name, pairs in forgotten.items()},
-        "by_pair": {name: difference(pairs) for name, pairs in by_pair.items()},
+        "plain_loss": {
+            f"{learn}, seed {seed}": statistics.mean(row["loss"])
+            for (learn, seed), row in plain.items()
+        },
+        **{
+            part: {name: gaps.summary() for name, gaps in of_part.items()}
+            for part, of_part in found.items()
+        },
         "perplexity_ratio": {name: statistics.mean(values) for name, values in texts.items()},
         "train_seconds": {
             kind: statistics.mean(
@@ -281,11 +311,27 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def of_whole_seeds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The runs of the seeds that are finished: of others some tasks would weigh more."""
+    counts = Counter((row["seed"], row["learn"]) for row in rows)
+    learned = {learn for _, learn in counts}
+    unfinished = {
+        seed
+        for seed, _ in counts
+        if any(counts[seed, learn] < max(counts.values()) for learn in learned)
+    }
+    found = [row for row in rows if row["seed"] not in unfinished]
+    if not found:
+        raise SystemExit("No seed is finished yet; go on without --summary.")
+    return found
+
+
 def best_of_development() -> Chosen:
     """The settings with the lowest mean difference of loss on the development tasks."""
     runs = measure.lines(runs_of("develop"))
     if not runs:
         raise SystemExit("run --stage develop first, or give --strength and --every")
+    runs = of_whole_seeds(runs)
     loss = summarise(runs)["loss"]
     best = min(loss, key=lambda name: loss[name]["difference"])
     settings = next(run["settings"] for run in runs if run["variant"] == best)
@@ -326,8 +372,10 @@ def main() -> None:
         chosen = Chosen(*given) if all(given) else best_of_development()
     if not options.summary:
         run(options, chosen)
-    rows = measure.lines(runs_of(options.stage))
-    content = {"settings": settings_of(options, chosen), "runs": len(rows), **summarise(rows)}
+    rows = of_whole_seeds(measure.lines(runs_of(options.stage)))
+    seeds = sorted({row["seed"] for row in rows})
+    counts = {"seeds": seeds, "runs": len(rows)}
+    content = {"settings": settings_of(options, chosen), **counts, **summarise(rows)}
     measure.write(NAMES[options.stage], content, module="graceful_study")
 
 

@@ -69,6 +69,7 @@ def pages() -> dict[Path, str]:
             "protection": protection(),
             "stop": stop(),
             "graceful": graceful(),
+            "graceful parts": graceful_parts(),
             **paper_blocks.blocks(),
             **auto_tables.blocks(),
         },
@@ -313,11 +314,30 @@ def graceful() -> list[str]:
         for variant, learned in result["learned"].items():
             both = (learned, result["forgotten"][variant])
             cells = [gap(one["difference"], one["low"], one["high"]) for one in both]
-            nats = "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**result["loss"][variant])
             ratio = f"x {result['perplexity_ratio'][variant]:.3f}"
-            found.append(row(title, variant, str(learned["runs"]), cells[0], nats, cells[1], ratio))
+            loss = nats(result["loss"][variant])
+            found.append(row(title, variant, str(learned["runs"]), cells[0], loss, cells[1], ratio))
     head = ("tasks", "variant", "runs", "learned task", "its loss", "to forget", "perplexity")
     return [row(*head), row(*["---"] * len(head)), *found] if found else MISSING
+
+
+def graceful_parts() -> list[str]:
+    """The report of graceful forgetting by what was learned and by what was to be forgotten."""
+    if (result := measured("graceful_study")) is None:
+        return MISSING
+    found = []
+    for part, title in (("by_learned", "learned"), ("by_forgotten", "to forget")):
+        for task, right in result[part].items():
+            points = gap(right["difference"], right["low"], right["high"])
+            loss = nats(result[f"loss_{part}"][task])
+            found.append(row(title, task, str(right["runs"]), points, loss))
+    head = ("part", "task", "runs", "learned task", "its loss")
+    return [row(*head), row(*["---"] * len(head)), *found]
+
+
+def nats(found: dict[str, float]) -> str:
+    """A difference of losses with its interval."""
+    return "{difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**found)
 
 
 def number(score: dict[str, float | None]) -> str:
@@ -768,8 +788,9 @@ def forgetting_rows() -> list[str]:
         ),
         row(
             f"Fisher information of {fisher['examples']} examples against one backward pass each; "
-            "the same at the floor of its products",
+            "the same at its floor by parts; at the floor of its products",
             f"{spread(fisher['times_faster_than_one_by_one'])} faster; "
+            f"{spread(fisher['times_faster_at_the_floor_by_parts'])}; "
             f"{spread(fisher['times_faster_at_the_floor'])}",
             "4x",
         ),

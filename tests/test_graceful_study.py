@@ -3,11 +3,10 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 
 from benchmarks import graceful_study, measure
-from benchmarks.graceful_study import FORGET, LEARN, PUBLIC, Chosen, difference, summarise
+from benchmarks.graceful_study import FORGET, LEARN, PUBLIC, Chosen, Gaps, of_whole_seeds, summarise
 from unwrite.tasks import Example, Task, task_names
 
 
@@ -36,16 +35,57 @@ def test_runs_are_compared_with_the_plain_run_of_their_task_and_seed():
     assert found["plain_loss"] == {"a, seed 0": 1.5}
     assert found["loss"]["top"]["difference"] == -0.25
     assert found["perplexity_ratio"]["top"] == pytest.approx(1.1)
+    assert found["by_learned"]["a"] == found["by_forgotten"]["b"] == found["learned"]["top"]
+    assert found["loss_by_learned"]["a"] == found["loss_by_forgotten"]["b"] == found["loss"]["top"]
     mixed = summarise([rows[0], row("top", "mixed", better | {"c": "1"})])
     assert mixed["forgotten"]["top"]["difference"] == pytest.approx(0.0)  # of b and c
 
 
+def test_only_finished_seeds_are_reported():
+    runs = [(0, "a"), (0, "b"), (1, "a")]
+    rows = [{"seed": seed, "learn": learn} for seed, learn in runs for _ in range(2)]
+    assert of_whole_seeds(rows) == rows[:4]
+    assert of_whole_seeds(rows[:2]) == rows[:2], "one task is as much as there is"
+    with pytest.raises(SystemExit, match="No seed is finished"):
+        of_whole_seeds(rows[:3])
+
+
 def test_the_interval_is_paired():
-    plain = np.array([0.0, 1.0] * 50)
-    same = difference([(plain, plain)])
-    assert same["difference"] == same["low"] == same["high"] == 0.0
-    up = difference([(np.ones(100), plain)])
-    assert up["low"] < up["difference"] == 0.5 < up["high"]
+    plain = {number: number % 2.0 for number in range(100)}
+    same, up = Gaps(), Gaps()
+    same.add("plain run", plain, plain)
+    found = same.summary()
+    assert found["difference"] == found["low"] == found["high"] == 0.0
+    up.add("plain run", dict.fromkeys(plain, 1.0), plain)
+    found = up.summary()
+    assert found["low"] < found["difference"] < found["high"]
+    assert found["difference"] == pytest.approx(0.5)
+
+
+def test_runs_against_one_plain_run_are_no_evidence_of_their_own():
+    """Ten equal runs against one plain run say as much as one; against ten, more."""
+    plain = {number: number % 2.0 for number in range(100)}
+    better = dict.fromkeys(plain, 1.0)
+    once, repeated, ten = Gaps(), Gaps(), Gaps()
+    once.add(0, better, plain)
+    for number in range(10):
+        repeated.add(0, better, plain)
+        ten.add(number, better, plain)
+
+    def width(gaps):
+        found = gaps.summary()
+        return found["high"] - found["low"]
+
+    assert width(repeated) == pytest.approx(width(once))
+    assert width(ten) < width(once) / 2
+    assert repeated.summary()["runs"] == 10
+
+
+def test_every_run_counts_the_same_however_many_examples_it_asks():
+    gaps = Gaps()
+    gaps.add(0, dict.fromkeys(range(10), 1.0), dict.fromkeys(range(10), 0.0))
+    gaps.add(0, {"other": 0.0}, {"other": 0.0})
+    assert gaps.summary()["difference"] == pytest.approx(0.5)
 
 
 def test_parameters_are_chosen_on_other_tasks_than_reported():
