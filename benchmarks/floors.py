@@ -7,7 +7,9 @@ what is held against it, and shortly before, because these machines are shared.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from unwrite.model import Model, Tokens
 
 SIDE = 1536  # of the matrices, large enough for the full rate and small enough for a second
 FLOATS = 1 << 25  # copied at once: far more than a cache
+CACHED = 1 << 18  # floats, two tensors of which a cache of a few MB holds
+HASHED = 1 << 25  # bytes
 
 
 def multiplications(dtype: torch.dtype = torch.float32, repeats: int = 5) -> float:
@@ -34,6 +38,21 @@ def copying(repeats: int = 5) -> float:
     """Bytes read and written a second while a large tensor is copied, the best of some."""
     source, target = torch.ones(FLOATS), torch.ones(FLOATS)
     return 2 * 4 * FLOATS / best(lambda: target.copy_(source), repeats)
+
+
+def adding_squares(repeats: int = 5) -> float:
+    """Elements a second that are squared and added up in a block that stays in the cache, the best
+    of some."""
+    block, total = torch.ones(CACHED), torch.zeros(CACHED)
+    return CACHED / best(lambda: total.addcmul_(block, block), repeats)
+
+
+def hashing(repeats: int = 5) -> float:
+    """Bytes a second that two threads hash by SHA-256, the best of some; nothing is read."""
+    data = bytes(HASHED)
+    with ThreadPoolExecutor(2) as threads:
+        work = [lambda: hashlib.sha256(data).digest()] * 2
+        return 2 * HASHED / best(lambda: list(threads.map(lambda one: one(), work)), repeats)
 
 
 def best(work: Callable[[], Any], repeats: int) -> float:
@@ -57,13 +76,15 @@ def optimizer_bytes(model: Model) -> float:
 def reading_operations(model: Model, sequences: list[Tokens]) -> float:
     """Operations of one forward pass without padding: two for each weight of a matrix and position;
     the head sees positions of answers only."""
-    embedding = model.network.get_input_embeddings().weight
-    matrices = sum(
-        one.numel() for one in model.network.parameters() if one.ndim == 2 and one is not embedding
-    )
     head = model.network.get_output_embeddings().weight
-    if head is not embedding:
-        matrices -= head.numel()
     read = sum(len(tokens.ids) for tokens in sequences)
     answered = sum(len(tokens.targets) for tokens in sequences)
-    return 2.0 * (matrices * read + head.numel() * answered)
+    return 2.0 * (matrix_elements(model) * read + head.numel() * answered)
+
+
+def matrix_elements(model: Model) -> int:
+    """Weights in matrices that every position is multiplied by: not the tables of tokens."""
+    network = model.network
+    tables = {id(network.get_input_embeddings().weight), id(network.get_output_embeddings().weight)}
+    matrices = [one for one in network.parameters() if one.ndim == 2 and id(one) not in tables]
+    return sum(one.numel() for one in matrices)
