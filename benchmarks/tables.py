@@ -691,8 +691,10 @@ def undo_rows() -> list[str]:
         lines.append(
             row(
                 f"undoing one of {found['updates']} updates ({kind}: {one['tensors_touched']} "
-                "tensors touched) against copying these tensors; against reading what is left",
-                f"{spread(one['undo_over_copy'], 2)}; {spread(one['undo_over_floor'], 2)}",
+                "tensors touched) against copying these tensors; hashing what is left, nothing "
+                "else, against copying; undoing against reading what is left",
+                f"{spread(one['undo_over_copy'], 2)}; {spread(one['hashing_over_copy'], 2)}; "
+                f"{spread(one['undo_over_floor'], 1)}",
                 f"{found['goal']}x",
             )
         )
