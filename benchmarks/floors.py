@@ -49,10 +49,9 @@ def adding_squares(repeats: int = 5) -> float:
 
 def hashing(repeats: int = 5) -> float:
     """Bytes a second that two threads hash by SHA-256, the best of some; nothing is read."""
-    data = bytes(HASHED)
+    both = [bytes(HASHED)] * 2
     with ThreadPoolExecutor(2) as threads:
-        work = [lambda: hashlib.sha256(data).digest()] * 2
-        return 2 * HASHED / best(lambda: list(threads.map(lambda one: one(), work)), repeats)
+        return 2 * HASHED / best(lambda: list(threads.map(hashlib.sha256, both)), repeats)
 
 
 def best(work: Callable[[], Any], repeats: int) -> float:

@@ -13,7 +13,6 @@ script.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import random
 import shutil
@@ -45,7 +44,7 @@ from unwrite.forgetting.fisher import EXAMPLES, fisher_diagonal
 from unwrite.forgetting.graceful import GracefulForgetting, Schedule
 from unwrite.forgetting.penalty import Anchor, BestEpoch
 from unwrite.forgetting.self_generation import Keep, self_generate
-from unwrite.model import Model, Tokens
+from unwrite.model import Model, Tokens, check_temperature
 from unwrite.observe import perplexity
 from unwrite.optimizers import OptimizerName
 from unwrite.progress import Measured
@@ -119,8 +118,7 @@ class Letting:
     def __post_init__(self) -> None:
         if not self.share > 0 or not self.fisher_examples > 0:
             raise BadSetting("share and fisher_examples must be greater than 0.")
-        if not 0 <= self.temperature < math.inf:
-            raise BadSetting(f"temperature is 0 (greedy) or above it, not {self.temperature}.")
+        check_temperature(self.temperature)
 
     def as_json(self) -> dict[str, Any]:
         """The settings; see ``Course.as_json``."""

@@ -419,10 +419,7 @@ class Model:
         sentence is complete; finished rows leave the batch. Raises ``BadSetting`` for a temperature
         that is none, ``BadEdits`` for a prompt without tokens or with too many.
         """
-        if not 0 <= temperature < math.inf:
-            raise BadSetting(
-                f"A temperature is 0 (greedy) or a number above it, not {temperature}."
-            )
+        check_temperature(temperature)
         unique = sorted(set(prompts))
         encoded = [self.tokenizer(prompt)["input_ids"] for prompt in unique]
         for prompt, ids in zip(unique, encoded, strict=True):
@@ -678,6 +675,12 @@ def readable(model: Model, asked: Sequence[tuple[str, str]]) -> list[Tokens]:
         with contextlib.suppress(BadEdits):
             found += [model.tokens(prompt, answer)] if answer.strip() else []
     return found
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ``BadSetting`` for what no text can be sampled at."""
+    if not 0 <= temperature < math.inf:
+        raise BadSetting(f"A temperature is 0 (greedy) or a number above it, not {temperature}.")
 
 
 # Which token comes next: from logits (n, vocabulary) and the places of their prompts, ids (n,).
