@@ -7,9 +7,9 @@ from gradients import gradients_one_by_one, some_pairs
 from unwrite.delta import Delta
 from unwrite.errors import BadEdits, BadSetting
 from unwrite.forgetting.fisher import fisher_diagonal
-from unwrite.forgetting.per_example import visit_gradients
+from unwrite.forgetting.per_example import FEW, visit_gradients
 from unwrite.model import Model
-from unwrite.training import row_losses
+from unwrite.training import Pair, row_losses
 
 ARCHITECTURES = ("llama", "gpt2", "gpt_neox", "bloom", "opt", "qwen3", "gemma", "mistral")
 
@@ -77,6 +77,42 @@ def test_products_with_single_gradients(worlds, architecture):
     with torch.no_grad():
         expected = row_losses(model.network, sequences, model.device)
     assert torch.allclose(torch.tensor(losses), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_a_batch_of_short_and_long_answers(worlds, architecture):
+    """The head sees as many positions of an example as its answer has; few go by pairs, many do
+    not, in the same batch."""
+    world = worlds(architecture)
+    model = Model.load(world.folder)
+    pairs = [
+        Pair(edit.prompt, " ".join([edit.new] * words))
+        for words, edit in zip((1, 6, 2, 9, 1, 4), world.edits[::2], strict=False)
+    ]
+    each = gradients_one_by_one(model, pairs)
+    table = model.network.get_output_embeddings().weight
+    head = next(
+        file for file in model.names if model.network.get_parameter(model.names[file]) is table
+    )
+    counts = []
+
+    def check(name, gradients, batch):
+        counts.extend(gradients.outer[0].counts)
+        chosen = torch.stack([each[index][name] for index in batch])
+        total = torch.zeros_like(chosen[0])
+        gradients.add_squares_to(total)
+        assert close(total, chosen.square().sum(dim=0))
+        weight = torch.linspace(0, 1, total.numel()).view_as(total)
+        first, second, third = gradients.products(weight, weight)
+        assert close(first, (chosen * weight).sum(dim=(1, 2)).double(), 1e-4)
+        assert close(first, gradients.first_products(weight), 1e-4)
+        assert close(second, (chosen.square() * weight).sum(dim=(1, 2)).double())
+        assert close(third, chosen.square().sum(dim=(1, 2)).double())
+
+    sequences = [model.tokens(pair.prompt, pair.answer) for pair in pairs]
+    visit_gradients(model, sequences, check, tensors=lambda name: name == head)
+    assert sorted(counts) == sorted(len(one.targets) for one in sequences)
+    assert min(counts) <= FEW < max(counts)
 
 
 def test_the_model_is_left_as_it_was(worlds):

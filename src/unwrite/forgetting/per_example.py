@@ -37,6 +37,20 @@ class _Outer:
 
     left: torch.Tensor  # (batch, positions, p)
     right: torch.Tensor  # (batch, positions, q)
+    counts: list[int] | None = None  # positions that each example uses, the first ones; all
+
+    def by_count(self) -> Iterator[tuple[slice | list[int], _Outer]]:
+        """Examples that use as many positions, together, without the positions they do not use."""
+        if self.counts is None:
+            yield slice(None), self
+            return
+        for count in sorted(set(self.counts)):
+            same = [example for example, one in enumerate(self.counts) if one == count]
+            yield same, _Outer(self.left[same, :count], self.right[same, :count])
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.left.shape[1] <= FEW
 
     def squared(self) -> _Outer:
         """The squares of the gradients, element by element, in the same form: the square of a sum
@@ -48,9 +62,13 @@ class _Outer:
         return _Outer(left, self.right[:, one] * self.right[:, other])
 
     def products(self, weight: torch.Tensor) -> torch.Tensor:
-        """``<weight, gradient>`` of every example, (batch,), without forming a gradient."""
-        shown = products.multiply(self.right.flatten(0, 1), weight).view_as(self.left)
-        return (shown * self.left).sum(dim=(1, 2)).double()
+        """``<weight, gradient>`` of every example, (batch,) in fp64, without forming a gradient."""
+        longer, shorter = self.left, self.right
+        if weight.shape[0] < weight.shape[1]:
+            longer, shorter, weight = shorter, longer, weight.t()
+        # Over the longer side first: less is left to multiply element by element.
+        shown = products.multiply(longer.flatten(0, 1), weight.t()).view_as(shorter)
+        return (shown * shorter).sum(dim=(1, 2)).double()
 
     def rows(self, example: int, chosen: torch.Tensor) -> torch.Tensor:
         """Some rows of one example's gradient, (chosen, q)."""
@@ -94,13 +112,14 @@ class Gradients:
         """Add the sum over the examples of the squared gradient to ``total`` (the tensor's shape,
         fp32, contiguous)."""
         whole = self._product()
-        if whole is not None and self._is_narrow(whole):
-            squares = whole.squared()
-            total.addmm_(squares.left.flatten(0, 1).t(), squares.right.flatten(0, 1))
-        elif whole is not None:
-            for _, rows, block in _blocks(whole):
-                total[rows].addcmul_(block, block)
-        elif self.dense is not None:
+        for _, part in [] if whole is None else whole.by_count():
+            if part.is_narrow:
+                squares = part.squared()
+                total.addmm_(squares.left.flatten(0, 1).t(), squares.right.flatten(0, 1))
+            else:
+                for rows, block in _blocks(part):
+                    total[rows].addcmul_(block, block)
+        if whole is None and self.dense is not None:
             total += self.dense.square().sum(dim=0)
         for example, rows_of, found in self._table_rows():
             before = None if whole is None else whole.rows(example, rows_of)
@@ -114,23 +133,25 @@ class Gradients:
 
         Both weights have the tensor's shape. Blocks are summed in fp32, their sums in fp64.
         """
+        first, second, third = torch.zeros(
+            (3, self.size), dtype=torch.float64, device=linear.device
+        )
         whole = self._product()
-        if whole is None or self._is_narrow(whole):
-            first = self.first_products(linear)
-            second, third = torch.zeros((2, self.size), dtype=torch.float64, device=linear.device)
-        else:
-            first, second = _both(whole, linear, quadratic)
-            for table in self.lookups:
-                first += (linear[table.ids] * table.values).sum(dim=(1, 2))
-            third = torch.zeros_like(second)
-        if whole is not None:
+        for examples, part in [] if whole is None else whole.by_count():
+            if part.is_narrow:
+                first[examples] = part.products(linear)
+                second[examples] = part.squared().products(quadratic)
+            else:
+                first[examples], second[examples] = _both(part, linear, quadratic)
             # Between positions only: |sum of outer products|^2 is a sum of products of their dots.
-            dots = (whole.left @ whole.left.mT) * (whole.right @ whole.right.mT)
-            third += dots.sum(dim=(1, 2))
-            if self._is_narrow(whole):
-                second += whole.squared().products(quadratic)
-        elif self.dense is not None:
-            squares = self.dense.reshape(self.size, -1).square()
+            dots = (part.left @ part.left.mT) * (part.right @ part.right.mT)
+            third[examples] = dots.sum(dim=(1, 2)).double()
+        for table in self.lookups:
+            first += (linear[table.ids] * table.values).sum(dim=(1, 2))
+        if whole is None and self.dense is not None:
+            each = self.dense.reshape(self.size, -1)
+            squares = each.square()
+            first += each @ linear.reshape(-1)
             second += squares @ quadratic.reshape(-1)
             third += squares.sum(dim=1)
         for example, rows_of, found in self._table_rows():
@@ -158,7 +179,8 @@ class Gradients:
         """
         sums = torch.zeros(self.size, dtype=torch.float64, device=linear.device)
         for use in self.outer:
-            sums += use.products(linear)
+            for examples, part in use.by_count():
+                sums[examples] += part.products(linear)
         for table in self.lookups:
             sums += (linear[table.ids] * table.values).sum(dim=(1, 2))
         if self.dense is not None:
@@ -173,10 +195,6 @@ class Gradients:
             torch.cat([one.left for one in self.outer], dim=1),
             torch.cat([one.right for one in self.outer], dim=1),
         )
-
-    @staticmethod
-    def _is_narrow(whole: _Outer) -> bool:
-        return whole.left.shape[1] <= FEW
 
     def _table_rows(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """For each example the distinct rows looked up, (rows,), and their gradients, (rows, q)."""
@@ -196,7 +214,7 @@ def _both(
     """``<linear, g>`` and ``<quadratic, g^2>`` of every example, (batch,) in fp64, forming each
     gradient once, block by block."""
     firsts, seconds = [], []
-    for _, rows, block in _blocks(whole):
+    for rows, block in _blocks(whole):
         flat = block.view(-1)
         firsts.append(torch.dot(flat, linear[rows].reshape(-1)))
         seconds.append(torch.dot(flat.square_(), quadratic[rows].reshape(-1)))
@@ -207,8 +225,8 @@ def _both(
     return first, second
 
 
-def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
-    """Every example's gradient some rows at a time: example, rows, and (rows, q).
+def _blocks(whole: _Outer) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Every example's gradient some rows at a time: which rows, and (rows, q).
 
     Rows by rows and not example by example, so that what they are held against stays in the cache.
     The block is the caller's: it may be changed.
@@ -221,7 +239,7 @@ def _blocks(whole: _Outer) -> Iterator[tuple[int, slice, torch.Tensor]]:
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
         for example in range(size):
-            yield example, rows, products.multiply(left[example, rows], whole.right[example].t())
+            yield rows, products.multiply(left[example, rows], whole.right[example].t())
 
 
 # Called for every tensor of every batch with its file name, its gradients, and the batch's indices.
@@ -377,18 +395,24 @@ class _Watch:
             self.expected[file] = self.expected.get(file, 0) + 1
 
         def backward(gradient: torch.Tensor) -> None:
-            pair = (taken, gradient)
+            pair, counts = (taken, gradient), None
             if is_head:
-                pair = (self._apart(taken), self._apart(gradient))
+                counts = torch.bincount(self.answers, minlength=self.size).tolist()
+                pair = (_apart(taken, counts), _apart(gradient, counts))
             elif self.size == 1:
                 pair = (taken.reshape(1, *taken.shape), gradient.reshape(1, *gradient.shape))
-            self._read(module, own, *pair)
+            self._read(module, own, *pair, counts)
 
         output.register_hook(backward)
 
     @torch.no_grad()
     def _read(
-        self, module: torch.nn.Module, own: dict[str, str], taken: torch.Tensor, given: torch.Tensor
+        self,
+        module: torch.nn.Module,
+        own: dict[str, str],
+        taken: torch.Tensor,
+        given: torch.Tensor,
+        counts: list[int] | None,
     ) -> None:
         reader = _reader(module)
         assert reader is not None
@@ -399,6 +423,8 @@ class _Watch:
             self.reading = False
         for name, file in own.items():
             so_far, use = self.gathered.get(file), found[name]
+            for product in use.outer:
+                product.counts = counts
             self.gathered[file] = use if so_far is None else so_far.joined(use)
             self.arrived[file] = self.arrived.get(file, 0) + 1
             if self.arrived[file] == self.expected[file]:
@@ -408,13 +434,13 @@ class _Watch:
     def _visit(self, file: str, found: Gradients) -> None:
         self.visit(file, found, self.batch)
 
-    def _apart(self, values: torch.Tensor) -> torch.Tensor:
-        """What the head saw, (1, answer tokens, width), by example: (batch, most tokens, width)."""
-        counts = torch.bincount(self.answers, minlength=self.size).tolist()
-        result = values.new_zeros((self.size, max(counts), values.shape[-1]))
-        for example, part in enumerate(values[0].split(counts)):
-            result[example, : len(part)] = part
-        return result
+
+def _apart(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """What the head saw, (1, answer tokens, width), by example: (batch, most tokens, width)."""
+    result = values.new_zeros((len(counts), max(counts), values.shape[-1]))
+    for example, part in enumerate(values[0].split(counts)):
+        result[example, : len(part)] = part
+    return result
 
 
 Reader = Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], dict[str, Gradients]]
