@@ -45,9 +45,9 @@ def counted(monkeypatch):
     opened = []
     plain = Delta.open.__func__
 
-    def noting(cls, folder):
+    def noting(cls, folder, **options):
         opened.append(folder.parent.name)
-        return plain(cls, folder)
+        return plain(cls, folder, **options)
 
     monkeypatch.setattr(Delta, "open", classmethod(noting))
     return opened

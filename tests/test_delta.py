@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from unwrite.change import Dense, LowRank, Masked, mask
 from unwrite.delta import SCRATCH, Delta, Prefix, compose
 from unwrite.errors import BadSetting, DamagedFile, TensorMismatch, UnwriteError
+from unwrite.tensorfile import tensor_sha256
 from unwrite.weights import Weights, fingerprint, save_weights
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -621,6 +622,34 @@ def test_verify_names_the_tensor_that_changed(tmp_path):
         delta.verify()
     with pytest.raises(ValueError, match=r"^only a delta that was saved can be verified$"):
         every_encoding().verify()
+
+
+def test_what_is_read_is_compared_once(tmp_path, monkeypatch):
+    every_encoding().save(tmp_path)
+    names, compared, hashed = list(every_encoding()), set(), []
+    monkeypatch.setattr(
+        "unwrite.deltafile.tensor_sha256", lambda one: hashed.append(one) or tensor_sha256(one)
+    )
+    for _ in range(2):
+        delta = Delta.open(tmp_path, compared=compared)
+        assert all(delta[name].dense().equal(every_encoding()[name].dense()) for name in names)
+        assert compared == set(names)
+    assert len(hashed) == sum(len(every_encoding()[name].tensors()) for name in names)
+
+    path = tmp_path / "00001.safetensors"
+    content = bytearray(path.read_bytes())
+    value = every_encoding()["masked"].values[-1:].numpy().tobytes()
+    content[content.rindex(value)] ^= 1
+    path.write_bytes(content)
+    sound = set()
+    delta = Delta.open(tmp_path, compared=sound)
+    for name in names:
+        if name == "masked":
+            with pytest.raises(DamagedFile, match="'masked' is not what was saved"):
+                delta[name]
+        else:
+            assert delta[name].dense().equal(every_encoding()[name].dense())
+    assert sound == set(names) - {"masked"}
 
 
 def test_a_mask_that_contradicts_its_values_is_found_when_read(tmp_path):

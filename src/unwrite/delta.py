@@ -126,13 +126,15 @@ class Delta(Mapping[str, Change]):
         return _Between(before, after, names, provenance)
 
     @classmethod
-    def open(cls, folder: Path | str) -> Self:
+    def open(cls, folder: Path | str, *, compared: set[str] | None = None) -> Self:
         """A saved delta; reads its description and the headers, and a tensor when asked.
 
         Raises ``DamagedFile`` unless the folder holds a complete delta whose description and files
-        agree. The contents are checked by ``verify``.
+        agree. The contents are checked by ``verify``; or, with ``compared``, when they are read: a
+        tensor whose name is not in this set is compared with its recorded hash and its name added,
+        or ``DamagedFile`` raised.
         """
-        saved = SavedChanges(Path(folder))
+        saved = SavedChanges(Path(folder), compared)
         return cls(saved.facts, saved.change, saved.provenance, saved=saved)
 
     def __getitem__(self, name: str) -> Change:

@@ -66,10 +66,12 @@ class SavedChanges:
     """The changes in a folder: a validated ``delta.json`` and the open files it speaks of.
 
     Reads the description and the headers. Raises ``DamagedFile`` unless they are whole and agree.
+    ``compared``: see ``Delta.open``.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, compared: set[str] | None = None) -> None:
         self.folder = folder
+        self._compared = compared
         content = _read_description(folder)
         self.provenance: dict[str, Any] = content["provenance"]
         self.facts: dict[str, TensorFacts] = {}
@@ -96,6 +98,10 @@ class SavedChanges:
         file = self._files[entry["file"]]
         try:
             tensors = {end: file.read(key) for end, key in _keys(name, entry)}
+            if self._compared is not None and name not in self._compared:
+                for end, tensor in tensors.items():
+                    self._compare(name, end, tensor_sha256(tensor))
+                self._compared.add(name)
             return Change.from_tensors(entry, tensors)
         except ValueError as error:
             raise _damaged(self.folder, f"the tensor {name!r}: {error}") from None
@@ -103,15 +109,18 @@ class SavedChanges:
     def verify(self) -> None:
         """Compare every stored tensor with its recorded hash. Holds two tensors."""
         wanted = [
-            (name, self._files[entry["file"]], key, entry["sha256"][end])
+            (name, end, self._files[entry["file"]], key)
             for name, entry in self._entries.items()
             for end, key in _keys(name, entry)
         ]
         with ThreadPoolExecutor(2, thread_name_prefix="hash") as threads:
-            found = threads.map(lambda item: tensor_sha256(item[1].read(item[2])), wanted)
-            for (name, _, _, recorded), digest in zip(wanted, found, strict=True):
-                if digest != recorded:
-                    raise _damaged(self.folder, f"the tensor {name!r} is not what was saved")
+            found = threads.map(lambda item: tensor_sha256(item[2].read(item[3])), wanted)
+            for (name, end, *_), digest in zip(wanted, found, strict=True):
+                self._compare(name, end, digest)
+
+    def _compare(self, name: str, end: str, digest: str) -> None:
+        if digest != self._entries[name]["sha256"][end]:
+            raise _damaged(self.folder, f"the tensor {name!r} is not what was saved")
 
     def _check_headers(self) -> None:
         """Compare headers and description by building each change without its data."""

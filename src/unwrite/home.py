@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, is_dataclass, replace
 from functools import cached_property
@@ -89,7 +90,8 @@ class Home:
         self._trust_remote_code = trust_remote_code
         self._model: Model | None = None
         self._held: list[str] | None = None  # the updates that the network in memory includes
-        self._sound: set[str] = set()  # the updates whose stored tensors were found undamaged
+        self._compared: defaultdict[str, set[str]] = defaultdict(set)  # of updates: sound tensors
+        self._sound_sums: set[str] = set()  # stored by ``compact`` and found undamaged
         self._candidate: Update | None = None  # measured, and waiting for ``confirm``
 
     # ---- opening -----------------------------------------------------------------------------
@@ -200,9 +202,9 @@ class Home:
         return self._model
 
     def deltas(self, live: Sequence[str]) -> list[Delta]:
-        """The deltas of updates, opened, each checked to belong to this base and, the first time,
-        to be what was saved (this reads all of it).
+        """The deltas of updates, opened, each checked to belong to this base.
 
+        A tensor that is read for the first time is compared with the hash it was saved with.
         Raises ``DamagedFile``: nothing is answered, measured or committed on damaged weights.
         """
         opened, ledger = [], self.ledger
@@ -212,11 +214,8 @@ class Home:
                 continue
             folder = self._file(ledger.entry(update), "delta/delta.json").parent
             check_all_inside(self.folder, folder)
-            delta = Delta.open(folder)
+            delta = Delta.open(folder, compared=self._compared[update])
             delta.check_base(self.base.fingerprint, self.base.name)
-            if update not in self._sound:
-                delta.verify()
-                self._sound.add(update)
             opened.append(delta)
         return opened
 
@@ -227,9 +226,9 @@ class Home:
         count = 0 if total is None else compaction.covered(total, self.ledger, live)
         if total is None or not count:
             return self.deltas(live)
-        if (name := _sum_up_to(live[count - 1])) not in self._sound:
+        if (name := _sum_up_to(live[count - 1])) not in self._sound_sums:
             compaction.check(total, self.folder)
-            self._sound.add(name)
+            self._sound_sums.add(name)
         return [total, *self.deltas(live[count:])]
 
     # ---- update ------------------------------------------------------------------------------
@@ -366,7 +365,7 @@ class Home:
                     _remove(folder)
                     folder.parent.rmdir()  # if it is empty, it was made for this update
             raise
-        self._sound.add(name)
+        self._compared[name] |= set(stored)
         return update
 
     def forecast(
@@ -706,7 +705,7 @@ class Home:
                 return []
             compaction.check(total, self.folder)
             if count := compaction.covered(total, ledger, live):
-                self._sound.add(_sum_up_to(live[count - 1]))
+                self._sound_sums.add(_sum_up_to(live[count - 1]))
                 if self.fingerprint(live) != recorded:
                     raise compaction.damaged(self.folder, "It is not what the updates add up to.")
         except UnwriteError as error:
@@ -724,7 +723,9 @@ class Home:
             try:
                 folder = self._update_folder(entry["id"]) / "delta"
                 check_all_inside(self.folder, folder)
-                Delta.open(folder).verify()
+                delta = Delta.open(folder)
+                delta.verify()
+                self._compared[entry["id"]] |= set(delta)
             except UnwriteError as error:
                 problems.append(str(error))
         return problems
