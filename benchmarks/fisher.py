@@ -13,7 +13,8 @@ are as many, over the rate of large products measured in the same turn. The floo
 diagonal by parts takes forward and backward as they are, without gradients of weights (measured in
 the same turn), and adds the products of these gradients at that rate, and squaring and adding up
 every example's gradient at the rate of a block that stays in the cache: no gradient of one example
-can be squared without being made.
+can be squared without being made. That of the confidence adds two weighted sums instead of the
+squares, at the rate of a scalar product in the cache; squaring is not counted.
 """
 
 from __future__ import annotations
@@ -102,17 +103,18 @@ def main() -> None:
         ),
     }
     operations = floors.reading_operations(model, sequences)  # of a pass; there are three
-    squares = len(pairs) * floors.matrix_elements(model)
-    seconds: dict[str, list[float]] = {name: [] for name in [*work, "floor", "floor by parts"]}
+    elements = len(pairs) * floors.matrix_elements(model)  # of all single gradients
+    names = [*work, "floor", "floor by parts", "floor by parts of the confidence"]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.turns):
         for name, spent in in_turns(work, 1).items():
             seconds[name] += spent
         gradients = operations / floors.multiplications()
         seconds["floor"].append(3 * gradients)
-        seconds["floor by parts"].append(
-            seconds["passes without gradients of weights"][-1]
-            + gradients
-            + squares / floors.adding_squares()
+        making = seconds["passes without gradients of weights"][-1] + gradients
+        seconds["floor by parts"].append(making + elements / floors.adding_squares())
+        seconds["floor by parts of the confidence"].append(
+            making + 2 * elements / floors.summing_products()
         )
     plain = seconds["forward and backward, batch 8"]
     write(
@@ -134,6 +136,9 @@ def main() -> None:
                 seconds["one backward per example"], seconds["floor by parts"]
             ),
             "confidence_over_forward_backward": ratio(seconds["confidence, both terms"], plain),
+            "confidence_over_forward_backward_at_the_floor_by_parts": ratio(
+                seconds["floor by parts of the confidence"], plain
+            ),
             "confidence_over_the_floor": ratio(seconds["confidence, both terms"], seconds["floor"]),
             "first_order_over_forward": ratio(
                 seconds["confidence, first order"], seconds["forward, batch 8"]

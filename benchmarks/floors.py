@@ -47,6 +47,13 @@ def adding_squares(repeats: int = 5) -> float:
     return CACHED / best(lambda: total.addcmul_(block, block), repeats)
 
 
+def summing_products(repeats: int = 5) -> float:
+    """Pairs of elements a second that are multiplied and summed, of blocks that stay in the cache,
+    the best of some."""
+    block, weights = torch.ones(CACHED), torch.ones(CACHED)
+    return CACHED / best(lambda: torch.dot(block, weights), repeats)
+
+
 def hashing(repeats: int = 5) -> float:
     """Bytes a second that two threads hash by SHA-256, the best of some; nothing is read."""
     both = [bytes(HASHED)] * 2

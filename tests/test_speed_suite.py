@@ -99,6 +99,7 @@ def test_rates_are_of_this_machine(monkeypatch):
     assert 1e7 < floors.copying() < 1e13
     monkeypatch.setattr(floors, "HASHED", 1 << 18)
     assert 1e7 < floors.adding_squares() < 1e13
+    assert 1e7 < floors.summing_products() < 1e13
     assert 1e7 < floors.hashing() < 1e13
 
 
