@@ -798,11 +798,13 @@ def forgetting_rows() -> list[str]:
         ),
         row(
             "forgetting confidence of as many, both terms, against forward and backward at batch "
-            "size 8; against the floor of its products; the first order alone, in forward passes",
+            "size 8, an example each; the same at its floor by parts; against the floor of its "
+            "products; the first order alone, in forward passes",
             f"{spread(fisher['confidence_over_forward_backward'])}; "
+            f"{spread(fisher['confidence_over_forward_backward_at_the_floor_by_parts'], 2)}; "
             f"{spread(fisher['confidence_over_the_floor'])}; "
             f"{spread(fisher['first_order_over_forward'])}",
-            "1x; -; 3",
+            "1x; -; -; 3",
         ),
     ]
 
