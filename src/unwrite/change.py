@@ -31,7 +31,7 @@ PIECE = 32_704
 MATRIX_PIECE = 1 << 20  # the same for products of matrices, which need larger ones to be fast
 # The same for masks, whose pieces take several steps each: where two threads work on tensors,
 # Python is handed from one to the other at every step, and small pieces are slower than one thread.
-MASK_PIECE = 2 * PIECE
+MASK_PIECE = 8 * PIECE
 MANY = 7  # a share of one in so many flags is many to numpy, which draws the line at a tenth
 
 Block = tuple[slice, torch.Tensor]
