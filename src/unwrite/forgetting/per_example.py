@@ -37,7 +37,7 @@ class _Outer:
 
     left: torch.Tensor  # (batch, positions, p)
     right: torch.Tensor  # (batch, positions, q)
-    counts: list[int] | None = None  # positions that each example uses, the first ones; all
+    counts: list[int] | None = None  # positions of an example, from the first on; None: all
 
     def by_count(self) -> Iterator[tuple[slice | list[int], _Outer]]:
         """Examples that use as many positions, together, without the positions they do not use."""
