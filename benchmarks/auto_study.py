@@ -116,8 +116,9 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     tables = []
     for split, kind, facts in dict.fromkeys((r["split"], r["kind"], r["facts"]) for r in runs):
         here = [r for r in runs if (r["split"], r["kind"], r["facts"]) == (split, kind, facts)]
+        plain = {one["seed"]: one["seconds"] for one in here if one["variant"] == "full-ft"}
         rows = [
-            row(name, [one for one in here if one["variant"] == name])
+            row(name, [one for one in here if one["variant"] == name], plain)
             for name in VARIANTS
             if any(one["variant"] == name for one in here)
         ]
@@ -125,9 +126,11 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return tables
 
 
-def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds, and the least and greatest harmonic mean."""
+def row(name: str, runs: Sequence[Mapping[str, Any]], plain: Mapping[int, float]) -> dict[str, Any]:
+    """Means over seeds, and the least and greatest harmonic mean. ``plain``: the seconds of
+    ``full-ft`` by seed; a run is held against that of the same draw."""
     means = [harmonic(one["token"]) for one in runs]
+    times = [one["seconds"] / plain[one["seed"]] for one in runs if one["seed"] in plain]
     return {
         "variant": name,
         "seeds": len(runs),
@@ -136,7 +139,7 @@ def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lowest": min(means),
         "highest": max(means),
         "perplexity_ratio": statistics.mean(one["perplexity_ratio"] for one in runs),
-        "seconds": statistics.mean(one["seconds"] for one in runs),
+        "seconds_over_plain": statistics.mean(times) if times else None,
         "protected_probes": sum(one["protected_probes"] for one in runs),
     }
 

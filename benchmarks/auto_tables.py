@@ -33,7 +33,6 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for table in chosen:
-        plain = next((one for one in table["rows"] if one["variant"] == "full-ft"), None)
         for one in table["rows"]:
             spread = (
                 f" ({100 * one['lowest']:.1f} to {100 * one['highest']:.1f})"
@@ -47,7 +46,7 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
                 *(f"{100 * one[role]:.1f}" for role in ROLES),
                 f"{100 * one['harmonic_mean']:.1f}{spread}",
                 f"x {one['perplexity_ratio']:.2f}",
-                f"x {one['seconds'] / plain['seconds']:.1f}" if plain else "",
+                f"x {one['seconds_over_plain']:.1f}" if one["seconds_over_plain"] else "",
             )
             found.append(f"| {' | '.join(cells)} |")
     return found

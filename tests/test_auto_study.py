@@ -47,11 +47,15 @@ def test_finished_runs_are_not_repeated(options, worlds):
 
 
 def test_a_row_is_the_mean_over_seeds_with_its_spread():
-    def run(low):
+    def run(seed, low):
         token = dict.fromkeys(("reliability", "generality", "old_recall"), 1.0) | {"locality": low}
-        return {"token": token, "perplexity_ratio": 1.0, "seconds": 2.0, "protected_probes": 1}
+        rest = {"perplexity_ratio": 1.0, "seconds": 2.0, "protected_probes": 1}
+        return {"seed": seed, "token": token, **rest}
 
-    row = auto_study.row("auto", [run(1.0), run(0.5)])
+    # Seed 1 was slow for all, and has no plain run: it says nothing of the time.
+    row = auto_study.row("auto", [run(0, 1.0), run(1, 0.5)], {0: 0.5, 2: 9.0})
+    assert row["seconds_over_plain"] == 4.0
+    assert auto_study.row("auto", [run(1, 1.0)], {})["seconds_over_plain"] is None
     assert (row["locality"], row["seeds"], row["protected_probes"]) == (0.75, 2, 2)
     assert (row["lowest"], row["highest"]) == (pytest.approx(0.75), 1.0)
     assert row["harmonic_mean"] == pytest.approx(0.875)
