@@ -52,7 +52,7 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
         rest = {"perplexity_ratio": 1.0, "seconds": 2.0, "protected_probes": 1}
         return {"seed": seed, "token": token, **rest}
 
-    # Seed 1 was slow for all, and has no plain run: it says nothing of the time.
+    # Seed 1 has no plain run to be held against.
     row = auto_study.row("auto", [run(0, 1.0), run(1, 0.5)], {0: 0.5, 2: 9.0})
     assert row["seconds_over_plain"] == 4.0
     assert auto_study.row("auto", [run(1, 1.0)], {})["seconds_over_plain"] is None

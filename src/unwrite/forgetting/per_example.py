@@ -112,14 +112,15 @@ class Gradients:
         """Add the sum over the examples of the squared gradient to ``total`` (the tensor's shape,
         fp32, contiguous)."""
         whole = self._product()
-        for _, part in [] if whole is None else whole.by_count():
-            if part.is_narrow:
-                squares = part.squared()
-                total.addmm_(squares.left.flatten(0, 1).t(), squares.right.flatten(0, 1))
-            else:
-                for rows, block in _blocks(part):
-                    total[rows].addcmul_(block, block)
-        if whole is None and self.dense is not None:
+        if whole is not None:
+            for _, part in whole.by_count():
+                if part.is_narrow:
+                    squares = part.squared()
+                    total.addmm_(squares.left.flatten(0, 1).t(), squares.right.flatten(0, 1))
+                else:
+                    for rows, block in _blocks(part):
+                        total[rows].addcmul_(block, block)
+        elif self.dense is not None:
             total += self.dense.square().sum(dim=0)
         for example, rows_of, found in self._table_rows():
             before = None if whole is None else whole.rows(example, rows_of)
@@ -133,25 +134,22 @@ class Gradients:
 
         Both weights have the tensor's shape. Blocks are summed in fp32, their sums in fp64.
         """
-        first, second, third = torch.zeros(
-            (3, self.size), dtype=torch.float64, device=linear.device
-        )
+        first = self._first_of_the_rest(linear)
+        second, third = torch.zeros_like(first), torch.zeros_like(first)
         whole = self._product()
-        for examples, part in [] if whole is None else whole.by_count():
-            if part.is_narrow:
-                first[examples] = part.products(linear)
-                second[examples] = part.squared().products(quadratic)
-            else:
-                first[examples], second[examples] = _both(part, linear, quadratic)
-            # Between positions only: |sum of outer products|^2 is a sum of products of their dots.
-            dots = (part.left @ part.left.mT) * (part.right @ part.right.mT)
-            third[examples] = dots.sum(dim=(1, 2)).double()
-        for table in self.lookups:
-            first += (linear[table.ids] * table.values).sum(dim=(1, 2))
-        if whole is None and self.dense is not None:
-            each = self.dense.reshape(self.size, -1)
-            squares = each.square()
-            first += each @ linear.reshape(-1)
+        if whole is not None:
+            for examples, part in whole.by_count():
+                if part.is_narrow:
+                    one, two = part.products(linear), part.squared().products(quadratic)
+                else:
+                    one, two = _both(part, linear, quadratic)
+                first[examples] += one
+                second[examples] += two
+                # Between positions only: |sum of outer products|^2 is a sum of products of dots.
+                dots = (part.left @ part.left.mT) * (part.right @ part.right.mT)
+                third[examples] += dots.sum(dim=(1, 2))
+        elif self.dense is not None:
+            squares = self.dense.reshape(self.size, -1).square()
             second += squares @ quadratic.reshape(-1)
             third += squares.sum(dim=1)
         for example, rows_of, found in self._table_rows():
@@ -177,10 +175,15 @@ class Gradients:
 
         A product with a matrix costs what the forward pass of its layer costs.
         """
-        sums = torch.zeros(self.size, dtype=torch.float64, device=linear.device)
+        sums = self._first_of_the_rest(linear)
         for use in self.outer:
             for examples, part in use.by_count():
                 sums[examples] += part.products(linear)
+        return sums
+
+    def _first_of_the_rest(self, linear: torch.Tensor) -> torch.Tensor:
+        """``<linear, g>`` of what is not a product, (batch,) in fp64."""
+        sums = torch.zeros(self.size, dtype=torch.float64, device=linear.device)
         for table in self.lookups:
             sums += (linear[table.ids] * table.values).sum(dim=(1, 2))
         if self.dense is not None:
