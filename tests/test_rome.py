@@ -69,8 +69,9 @@ def test_a_value_gives_the_answer_where_it_stands(model, where):
         assert (forced.matched == len(forced.targets)) == bool(found)
 
 
-def test_facts_sought_together_find_what_each_finds_alone(llama):
-    search = Search(contexts=2, stop=1.2)  # some end early
+@pytest.mark.parametrize("rewordings", [0, 5])
+def test_facts_sought_together_find_what_each_finds_alone(llama, rewordings):
+    search = Search(contexts=2, stop=1.2, rewordings=rewordings)  # some end early
     texts = search.mentions(llama, EDITS)
     together = find_values(llama, EDITS, texts, 0, "mlp", search)
     assert len(set(together.steps.tolist())) > 1
@@ -335,6 +336,7 @@ def test_notes_are_json(llama, corpus, name):
     [
         (lambda: ROME(steps=0), "steps must be greater than 0"),
         (lambda: ROME(kl=-1.0), "kl must not be negative"),
+        (lambda: MEMIT(rewordings=-1), "rewordings must not be negative"),
         (lambda: MEMIT(preserve=0.0), "preserve must be greater"),
         (lambda: MEMIT(neighbours=-1), "neighbours and neighbour_weight must be at least 0"),
         (lambda: ROME(shrinkage=2.0), "shrinkage must lie between"),

@@ -412,11 +412,11 @@ def _trains_all(recipe: Recipe) -> bool:
 
 
 def _search_seconds(method: Any, tokens: int, parameters: int, speed: float) -> float:
-    """Seeking values (ROME, MEMIT): every edit bare, in its contexts and its subject alone, forward
-    and back to the value; about half of the steps are needed. Without the second moments, which are
-    computed once for a model."""
+    """Seeking values (ROME, MEMIT): all texts of an edit that a step looks at, forward and back to
+    the value; about half of the steps are needed. Without the second moments, which are computed
+    once for a model."""
     return sum(
-        4.0 * parameters * tokens * (search.contexts + 2) * search.steps / 2 / speed
+        4.0 * parameters * tokens * search.texts_at_once * search.steps / 2 / speed
         for search in (method, *methods.parts_of(method))
         if isinstance(search, Search)
     )

@@ -686,7 +686,10 @@ def neutral_contexts(count: int) -> list[str]:
     text = resources.files("unwrite.data").joinpath("contexts.txt").read_text("utf-8")
     sentences = [line for line in text.splitlines() if line]
     if count > len(sentences):
-        raise BadSetting(f"There are {len(sentences)} neutral contexts; contexts={count} is more.")
+        raise BadSetting(
+            f"There are {len(sentences)} neutral sentences, and {count} are asked for; use fewer "
+            "contexts or rewordings."
+        )
     return sentences[:count]
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ from unwrite.activations import (
     hidden_of,
     in_rows,
     leaving_after,
+    mention,
     mentions,
     subject_alone,
     with_hidden,
@@ -35,9 +36,11 @@ from unwrite.edits import Edit
 from unwrite.errors import BadSetting, TrainingFailed
 from unwrite.model import Model
 from unwrite.training import neutral_contexts
+from unwrite.wordings import thinned
 
 # Rows x length that one step holds activations of: about 0.9 GB on SmolLM2-135M.
 POSITIONS_PER_STEP = 768
+REWORDINGS_AT_ONCE = 3  # that one evaluation of the loss looks at; the next looks at others
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults
 
 
@@ -50,7 +53,10 @@ class Search:
     is at most so many times as long as what stood there. ``kl``: weight of the KL divergence right
     after the bare subject. ``weight_decay``: weight of the length of the added vector.
     ``contexts``: how many neutral sentences stand before the prompt in further copies of it, beside
-    the bare one.
+    the bare one. ``rewordings``: how many copies with words left out (see ``wordings``) the answer
+    shall follow from as well, every other one behind a neutral sentence; each evaluation of the
+    loss looks at a few of them in turn, and a fact ends early when all have passed. 0 is the
+    papers'.
 
     Lengths are relative to what stood there: ``lr`` is in units of its root mean square, and the
     decay is of |added| / |before|. The papers' absolute numbers had to be chosen anew for every
@@ -64,18 +70,36 @@ class Search:
     weight_decay: float = 0.005
     stop: float = 0.1
     contexts: int = 3
+    rewordings: int = field(default=0, metadata={"later": True})
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "clamp"):
             if not getattr(self, name) > 0:
                 raise BadSetting(f"{name} must be greater than 0, not {getattr(self, name)}.")
-        for name in ("kl", "weight_decay", "stop", "contexts"):
+        for name in ("kl", "weight_decay", "stop", "contexts", "rewordings"):
             if not getattr(self, name) >= 0:
                 raise BadSetting(f"{name} must not be negative, but is {getattr(self, name)}.")
 
-    def mentions(self, model: Model, edits: Sequence[Edit]) -> list[list[Mention]]:
-        """Every edit's prompt bare and in the contexts; see ``activations.mentions``."""
-        return mentions(model, edits, neutral_contexts(self.contexts))
+    @property
+    def texts_at_once(self) -> int:
+        """Texts of a fact that one evaluation of the loss reads: the bare one, those in contexts,
+        some rewordings, and the subject alone."""
+        return self.contexts + 2 + min(self.rewordings, REWORDINGS_AT_ONCE)
+
+    def mentions(self, model: Model, edits: Sequence[Edit], seed: int = 0) -> list[list[Mention]]:
+        """Every edit's prompt bare, in the contexts and in its rewordings (drawn by ``seed``); see
+        ``activations.mentions``."""
+        sentences = neutral_contexts(self.contexts + self.rewordings // 2)
+        found = mentions(model, edits, sentences[: self.contexts])
+        before = [""] * self.rewordings
+        before[1::2] = sentences[self.contexts :]
+        for edit, group in zip(edits, found, strict=True):
+            texts = thinned(edit.prompt, edit.subject or "", self.rewordings, seed)
+            group += [
+                mention(model, Edit(text, edit.new, subject=edit.subject), sentence)
+                for text, sentence in zip(texts, before, strict=True)
+            ]
+        return found
 
 
 @dataclass(frozen=True)
@@ -118,7 +142,7 @@ def find_values(
         _frozen(model),
         freed_memory_is_kept(model.largest_tensor),
     ):
-        for chunk in _chunks(longest, search.contexts + 2):
+        for chunk in _chunks(longest, search.texts_at_once):
             hunt = _Hunt(
                 model, [edits[i] for i in chunk], [texts[i] for i in chunk], layer, where, search
             )
@@ -157,12 +181,49 @@ def _frozen(model: Model) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Hunt:
-    """The search for some facts at once.
+class _Look:
+    """Texts of some facts that one evaluation of the loss looks at.
 
-    The tail has a row for every mention, a fact's bare one first, and for the subject alone where
-    it needs one: a subject that begins its prompt is alone in the bare mention already.
+    The tail has a row for every text, a fact's bare one first, and for the subject alone where
+    it needs one: a subject that begins its prompt is alone in the bare text already.
     """
+
+    def __init__(
+        self,
+        model: Model,
+        edits: Sequence[Edit],
+        texts: Sequence[Sequence[Mention]],
+        first_block: int,
+    ) -> None:
+        self.texts_per_fact = len(texts[0])
+        rows: list[Mention] = []
+        self.fact_of: list[int] = []  # by row of the tail: place among the active facts
+        self.bare: list[int] = []  # by active fact: row of the bare text
+        self.alone: list[int] = []  # by active fact: row where nothing stands before the subject
+        for fact, (edit, group) in enumerate(zip(edits, texts, strict=True)):
+            alone = subject_alone(model, edit)
+            begins = group[0].ids[: group[0].last + 1] == alone.ids
+            self.bare.append(len(rows))
+            rows += group
+            self.alone.append(self.bare[-1] if begins else len(rows))
+            rows += () if begins else (alone,)
+            self.fact_of += [fact] * (len(rows) - len(self.fact_of))
+        self.tail = Tail(model, rows, first_block)
+
+    def go_on_with(self, facts: Sequence[int]) -> None:
+        """Keep only these of the active facts."""
+        place = {old: new for new, old in enumerate(facts)}
+        rows = [row for row, fact in enumerate(self.fact_of) if fact in place]
+        moved = {old: new for new, old in enumerate(rows)}
+        self.tail.keep(rows)
+        self.fact_of = [place[self.fact_of[row]] for row in rows]
+        self.bare = [moved[self.bare[at]] for at in facts]
+        self.alone = [moved[self.alone[at]] for at in facts]
+
+
+class _Hunt:
+    """The search for some facts at once. The bare text and those in contexts are in every look;
+    rewordings are shared out among the looks, which take turns."""
 
     def __init__(
         self,
@@ -178,21 +239,18 @@ class _Hunt:
         at_mlp = where == "mlp"
         name = anatomy.mlp_out[layer] if at_mlp else anatomy.blocks[layer]
         self.module = model.network.get_submodule(name)
-        self.texts_per_fact = len(texts[0])
-        rows: list[Mention] = []
-        self.fact_of: list[int] = []  # by row of the tail: place among the active facts
-        self.bare: list[int] = []  # by active fact: row of the bare mention
-        self.alone: list[int] = []  # by active fact: row where nothing stands before the subject
-        for fact, (edit, group) in enumerate(zip(edits, texts, strict=True)):
-            alone = subject_alone(model, edit)
-            begins = group[0].ids[: group[0].last + 1] == alone.ids
-            self.bare.append(len(rows))
-            rows += group
-            self.alone.append(self.bare[-1] if begins else len(rows))
-            rows += () if begins else (alone,)
-            self.fact_of += [fact] * (len(rows) - len(self.fact_of))
+        always = search.contexts + 1
         # An output of a block enters the next one; that of an MLP is still to be added in its own.
-        self.tail = Tail(model, rows, layer if at_mlp else layer + 1)
+        self.looks = [
+            _Look(
+                model,
+                edits,
+                [[*group[:always], *group[first : first + REWORDINGS_AT_ONCE]] for group in texts],
+                layer if at_mlp else layer + 1,
+            )
+            for first in range(always, max(always + 1, len(texts[0])), REWORDINGS_AT_ONCE)
+        ]
+        self.look = self.looks[0]  # the present one
         self.active = list(range(len(edits)))  # facts still sought
         self.added: torch.Tensor | None = None  # (active, width): what is added at the subject
 
@@ -201,13 +259,15 @@ class _Hunt:
         search, count = self.search, len(self.active)
         losses, steps = torch.zeros(count), torch.zeros(count, dtype=torch.long)
         found = torch.zeros(count, dtype=torch.bool)
-        before = self._look()
+        before = self._before()
         added = torch.zeros_like(before)
         first, second = torch.zeros_like(before), torch.zeros_like(before)
         length = before.norm(dim=1, keepdim=True).clamp(min=1e-30)
         rate = search.lr * length / before.shape[1] ** 0.5
         kept: torch.Tensor | None = None
+        passed = torch.zeros(count, dtype=torch.long)  # looks in a row with a loss below ``stop``
         for step in range(1, search.steps + 1):
+            self.look = self.looks[(step - 1) % len(self.looks)]
             moving = added[self.active].requires_grad_()
             loss, right, said = self._loss(moving, length[self.active, 0], kept)
             kept = said if kept is None else kept
@@ -218,7 +278,9 @@ class _Hunt:
                     f"was changed. Use a smaller lr (now {search.lr})."
                 )
             losses[self.active], steps[self.active], found[self.active] = now, step, right
-            going = [row for row, value in enumerate(now.tolist()) if not value < search.stop]
+            passed[self.active] = torch.where(now < search.stop, passed[self.active] + 1, 0)
+            done = passed[self.active] >= len(self.looks)
+            going = [row for row, ended in enumerate(done.tolist()) if not ended]
             if step == search.steps or not going:
                 break
             (slope,) = torch.autograd.grad(loss.sum(), moving)
@@ -236,7 +298,9 @@ class _Hunt:
             ).clamp(max=1.0)
             if len(going) < len(self.active):
                 kept = kept[rows]
-                self._go_on_with(going)
+                self.active = [self.active[at] for at in going]
+                for look in self.looks:
+                    look.go_on_with(going)
         return Values((before + added).cpu(), before.cpu(), losses, steps, found)
 
     def _loss(
@@ -244,16 +308,16 @@ class _Hunt:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Loss of every active fact, whether its bare answer is right, and the log-probabilities
         right after the bare subject: (active,), (active,) bool, (active, vocabulary)."""
-        search, tail = self.search, self.tail
+        search, look, tail = self.search, self.look, self.look.tail
         device, active = added.device, len(self.active)
         asked = [
             (row, tail.columns[row] + place.answer - 1 - place.last + offset, target)
             for row, place in enumerate(tail.places)
             for offset, target in enumerate(place.targets)
         ]
-        rows = torch.tensor([row for row, _, _ in asked] + self.alone)
+        rows = torch.tensor([row for row, _, _ in asked] + look.alone)
         columns = torch.tensor(
-            [column for _, column, _ in asked] + [tail.columns[row] for row in self.alone]
+            [column for _, column, _ in asked] + [tail.columns[row] for row in look.alone]
         )
         targets = torch.tensor([target for _, _, target in asked], device=device)
         self.added = added
@@ -263,23 +327,23 @@ class _Hunt:
 
         # A fact's loss is the mean over its texts of the mean over the answer's tokens.
         share = torch.tensor(
-            [1 / (len(tail.places[row].targets) * self.texts_per_fact) for row, _, _ in asked],
+            [1 / (len(tail.places[row].targets) * look.texts_per_fact) for row, _, _ in asked],
             device=device,
         )
-        fact = torch.tensor([self.fact_of[row] for row, _, _ in asked], device=device)
+        fact = torch.tensor([look.fact_of[row] for row, _, _ in asked], device=device)
         nll = torch.nn.functional.cross_entropy(answers, targets, reduction="none")
         loss = added.new_zeros(active).index_add(0, fact, nll * share)
         if kept is not None:  # in the first step nothing is added, and nothing has diverged
             loss = loss + search.kl * (said.exp() * (said - kept)).sum(dim=-1)
         loss = loss + search.weight_decay * added.norm(dim=1) / length
 
-        is_bare = set(self.bare)
+        is_bare = set(look.bare)
         bare = torch.tensor([row in is_bare for row, _, _ in asked], device=device)
         wrong = (answers.detach().argmax(dim=-1) != targets) & bare
         right = added.new_zeros(active).index_add(0, fact, wrong.to(added.dtype)) == 0
         return loss, right.cpu(), said.detach()
 
-    def _look(self) -> torch.Tensor:
+    def _before(self) -> torch.Tensor:
         """What stands there now at the subject in the bare prompts: (facts, width)."""
         seen: list[torch.Tensor] = []
         handle = self.module.register_forward_hook(
@@ -288,15 +352,16 @@ class _Hunt:
         nowhere = torch.zeros(1, dtype=torch.long)
         try:
             with torch.no_grad(), leaving_after(self.model, self.layer):
-                self.tail.logits(nowhere, nowhere)
+                self.look.tail.logits(nowhere, nowhere)
         finally:
             handle.remove()
-        return seen[0][self.bare].clone()
+        return seen[0][self.look.bare].clone()
 
     def _at_subjects(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = in_rows(hidden, len(self.tail.places))
+        tail = self.look.tail
+        hidden = in_rows(hidden, len(tail.places))
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return hidden[rows, torch.tensor(self.tail.columns, device=hidden.device)]
+        return hidden[rows, torch.tensor(tail.columns, device=hidden.device)]
 
     @contextlib.contextmanager
     def _adding(self) -> Iterator[None]:
@@ -304,10 +369,11 @@ class _Hunt:
 
         def add(_module: Any, _inputs: Any, output: Any) -> Any:
             assert self.added is not None
-            hidden = in_rows(hidden_of(output), len(self.tail.places)).clone()
+            tail = self.look.tail
+            hidden = in_rows(hidden_of(output), len(tail.places)).clone()
             rows = torch.arange(hidden.shape[0], device=hidden.device)
-            columns = torch.tensor(self.tail.columns, device=hidden.device)
-            hidden[rows, columns] += self.added[self.fact_of]
+            columns = torch.tensor(tail.columns, device=hidden.device)
+            hidden[rows, columns] += self.added[self.look.fact_of]
             return with_hidden(output, hidden)
 
         handle = self.module.register_forward_hook(add)
@@ -315,17 +381,6 @@ class _Hunt:
             yield
         finally:
             handle.remove()
-
-    def _go_on_with(self, positions: Sequence[int]) -> None:
-        """Drop the facts that have ended; ``positions`` are those to keep among the active."""
-        place = {old: new for new, old in enumerate(positions)}
-        rows = [row for row, fact in enumerate(self.fact_of) if fact in place]
-        moved = {old: new for new, old in enumerate(rows)}
-        self.tail.keep(rows)
-        self.fact_of = [place[self.fact_of[row]] for row in rows]
-        self.bare = [moved[self.bare[at]] for at in positions]
-        self.alone = [moved[self.alone[at]] for at in positions]
-        self.active = [self.active[at] for at in positions]
 
 
 def unfound(edits: Sequence[Edit], values: Values, first: int = 1) -> list[str]:

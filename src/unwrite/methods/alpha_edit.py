@@ -60,7 +60,7 @@ class AlphaEdit(Search, Statistics):
 
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """One low-rank change a layer. Raises as MEMIT does."""
-        texts = self.mentions(model, edits)
+        texts = self.mentions(model, edits, self.seed)
         layers = layers_of(model, edits, self.layers)
 
         def readers(_keys: Any) -> tuple[list[Reader], dict[str, Any]]:

@@ -79,7 +79,7 @@ class MEMIT(Search, Statistics):
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """One low-rank change a layer. Raises ``BadEdits`` for edits without one clear subject,
         ``TrainingFailed`` when no value is found for any."""
-        texts = self.mentions(model, edits)
+        texts = self.mentions(model, edits, self.seed)
         layers = layers_of(model, edits, self.layers)
 
         def readers(

@@ -50,7 +50,7 @@ class ROME(Search, Statistics):
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """One rank-one change an edit, summed. Raises ``BadEdits`` for edits without one clear
         subject, ``TrainingFailed`` when no value is found for any."""
-        texts = self.mentions(model, edits)
+        texts = self.mentions(model, edits, self.seed)
         layer = (
             strongest_layer(model, edits) if self.layer == "trace" else layer_of(model, self.layer)
         )
