@@ -29,8 +29,8 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
         return ["*Not measured yet.*"]
     found = [
         "| facts | method | seeds | reliability | generality | locality | old recall | "
-        "harmonic mean | perplexity | time |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "harmonic mean | spill | perplexity | time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for table in chosen:
         for one in table["rows"]:
@@ -45,6 +45,7 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
                 str(one["seeds"]),
                 *(f"{100 * one[role]:.1f}" for role in ROLES),
                 f"{100 * one['harmonic_mean']:.1f}{spread}",
+                "" if one["spill"] is None else f"{100 * one['spill']:.1f}",
                 f"x {one['perplexity_ratio']:.2f}",
                 f"x {one['seconds_over_plain']:.1f}" if one["seconds_over_plain"] else "",
             )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +124,15 @@ def run_setting(
 
 
 def scored(
-    model: Model, facts: Sequence[Edit], chosen: Sequence[Any], *, planted: bool
+    model: Model,
+    facts: Sequence[Edit],
+    chosen: Sequence[Any],
+    *,
+    planted: bool,
+    also: Callable[[], dict[str, Any]] = dict,
 ) -> Iterator[dict[str, Any]]:
     """What each method does to the facts, token form; ``planted``: their old answers are taught
-    first."""
+    first. ``also`` is asked for more fields while the model is changed."""
     start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in facts]).delta.in_memory()
     if not planted:
         start = 0.0 * start
@@ -142,12 +147,14 @@ def scored(
             with model.shifted(delta):
                 scores = score(before, forced(model, probes))
                 ratio = perplexity(model, text) / read
+                more = also()
             yield {
                 "token": {role: scores[role].token for role in ROLES},
                 "n": {role: scores[role].n for role in ROLES},
                 "perplexity_ratio": ratio,
                 "seconds": seconds,
                 "notes": delta.provenance.get("notes", {}).get("sentences", []),
+                **more,
             }
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import unwrite
-from unwrite import methods, plan, protection
+from unwrite import methods, plan, protection, values
 from unwrite.edits import Edit, Probe
 from unwrite.errors import BadSetting, TrainingFailed
 from unwrite.methods import auto
 from unwrite.methods.auto import Auto
+from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.testing import PEOPLE, check_method
 from unwrite.training import fine_tune, learned, new_pairs
@@ -31,12 +32,12 @@ def model(worlds):
 
 @pytest.fixture(autouse=True)
 def toy_sized(tmp_path, monkeypatch):
-    """Neighbours that the toy world knows, a corpus of few tokens, one layer, training that is as
-    fast as a toy needs it."""
+    """Neighbours that the toy world knows, no wording but its own, a corpus of few tokens, one
+    layer, training that is as fast as a toy needs it."""
     monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: list(PEOPLE[6:]))
     budgets = {
-        name: one._replace(contexts=1, own_prompts=0, epochs=3 * one.epochs)
+        name: one._replace(rewordings=0, own_prompts=0, epochs=3 * one.epochs)
         for name, one in auto.BUDGETS.items()
     }
     monkeypatch.setattr(auto, "BUDGETS", budgets)
@@ -52,7 +53,7 @@ def toy_sized(tmp_path, monkeypatch):
 
 @pytest.fixture
 def method():
-    return Auto(lr=1e-3, budget="fast")
+    return Auto(lr=1e-3, budget="fast", train="always")
 
 
 def test_the_laws_of_every_method(tmp_path):
@@ -93,6 +94,7 @@ def test_probes_of_the_records_are_never_read(model, method):
             bystanders=(Probe("the pet of ada", "cat"),),
         )
 
+    method = replace(method, rewordings=4)
     plain = method.delta(model, EDITS)
     blind = method.delta(model, [judged(edit) for edit in EDITS])
     assert set(plain) == set(blind)
@@ -136,6 +138,43 @@ def test_what_can_neither_be_written_nor_trained_is_an_error(model, method):
         replace(method, epochs=0).delta(model, edits)
 
 
+@pytest.fixture
+def firmly(model, monkeypatch):
+    """A writer that misses nothing: the toy's own writes some."""
+    taught = fine_tune(model, new_pairs(EDITS), FullFT(lr=1e-3, epochs=60)).delta.in_memory()
+    taught.provenance["notes"] = {"sentences": ["all were written"]}
+    monkeypatch.setattr(MEMIT, "delta", lambda *_: taught)
+    return taught
+
+
+def test_what_is_right_as_it_was_written_is_not_trained(model, method, firmly):
+    delta = replace(method, train="needed").delta(model, EDITS)
+    notes = delta.provenance["notes"]
+    assert "nothing was trained" in " ".join(notes["sentences"])
+    assert (notes["epochs_trained"], notes["learned"]) == (0, True)
+    for name in firmly:
+        assert torch.equal(delta[name].dense(), firmly[name].dense())
+    assert method.delta(model, EDITS).provenance["notes"]["epochs_trained"] > 0
+
+
+def test_an_answer_to_protect_that_moved_is_trained_back(model, method, firmly):
+    """Nobody protected it when it was written; protected, it is trained until it is as before."""
+    asked = {f"the {thing} of {person}" for person in PEOPLE for thing in ("job", "home", "pet")}
+    others = sorted(asked - {edit.prompt for edit in EDITS})
+    before = dict(zip(others, model.generate(others, 1), strict=True))
+    with model.shifted(firmly):
+        after = dict(zip(others, model.generate(others, 1), strict=True))
+    moved = [one for one in others if before[one] != after[one]]
+    assert moved
+    needed = replace(method, train="needed", protect=tuple(moved), budget="thorough")
+    delta = needed.delta(model, EDITS)
+    assert delta.provenance["notes"]["epochs_trained"] > 0
+    with model.shifted(delta):
+        now = model.generate(moved, 1)
+    held = sum(before[one] == said for one, said in zip(moved, now, strict=True))
+    assert held > len(moved) / 2
+
+
 def test_the_least_of_it_is_a_fraction_of_the_whole(model, method):
     method = replace(method, budget="thorough")
     whole, least = (replace(method, least=one).delta(model, EDITS) for one in (False, True))
@@ -160,7 +199,7 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
     """Twice a delta that suffices: half of it is found."""
     edits = EDITS[:1]
     enough = fine_tune(model, new_pairs(edits), replace(method.parts[1], epochs=60)).delta
-    check = auto._Check.of(model, edits, method._amounts, method.seed)
+    check = auto._Check.of(model, edits, method._amounts, (), method.seed)
     assert check.least_strength(model, 2.0 * enough) == 0.5
     assert check.found(model, enough).learned == 1.0
     for tried in auto.STRENGTHS:
@@ -170,7 +209,7 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
 
 
 def test_a_change_of_nothing_suffices_at_any_strength(model, method):
-    check = auto._Check.of(model, EDITS, method._amounts, method.seed)
+    check = auto._Check.of(model, EDITS, method._amounts, (), method.seed)
     assert check.least_strength(model, unwrite.Delta.nothing()) == auto.STRENGTHS[0]
     found = check.found(model, unwrite.Delta.nothing())
     assert (found.neighbours_kept, found.perplexity_ratio) == (1.0, 1.0)
@@ -182,7 +221,7 @@ def test_no_checked_neighbour_is_protected(model, method):
     asked = [(edit.prompt, edit.subject) for edit in EDITS]
     writer, tuner = method.parts
     assert (writer.neighbours, writer.seed) == (tuner.neighbours, tuner.seed)
-    checked = auto._Check.of(model, EDITS, method._amounts, method.seed).neighbours
+    checked = auto._Check.of(model, EDITS, method._amounts, (), method.seed).neighbours
     assert checked
     begun = {one.ids[: one.answer] for one in checked}
 
@@ -199,6 +238,8 @@ def test_the_command_line_reaches_it():
     assert methods.restored(methods.settings_of(built)) == built
     with pytest.raises(BadSetting, match="budget must be"):
         methods.build("auto", {"budget": "endless"})
+    with pytest.raises(BadSetting, match="train must be 'needed' or 'always'"):
+        methods.build("auto", {"train": "never"})
     with pytest.raises(BadSetting, match="nothing would be done"):
         Auto(write=False, epochs=0)
     with pytest.raises(BadSetting, match="lr must be greater"):
@@ -218,8 +259,9 @@ def test_a_prompt_too_long_for_a_sentence_before_it_is_trained(model, method, mo
     """The check and the writing put sentences before prompts; where one is too many, the edit is
     trained all the same."""
     contexts = " ".join(["the job of ada"] * (model.context_length // 4))
-    monkeypatch.setattr(auto, "neutral_contexts", lambda count: [contexts] * count)
-    delta = replace(method, budget="balanced").delta(model, EDITS)
+    for module in (auto, values):
+        monkeypatch.setattr(module, "neutral_contexts", lambda count: [contexts] * count)
+    delta = replace(method, budget="balanced", rewordings=2).delta(model, EDITS)
     notes = delta.provenance["notes"]
     assert "4 of 4 edits have no single subject" in notes["sentences"][0]
     assert (notes["check"]["learned"], notes["check"]["reworded"]) == (1.0, None)

@@ -71,3 +71,32 @@ def test_probes_that_are_protected_are_counted():
     assert auto_study.overlap(FullFT(neighbours=9), [edit], every) == 0
     judged = replace(edit, bystanders=(Probe(every[0]),))
     assert auto_study.overlap(method, [judged], every) == method.parts[0].neighbours
+
+
+def test_other_questions_put_a_subject_into_the_prompts_of_unlike_edits():
+    edits = [
+        Edit("The home of Ada is", "Rome", old="Oslo", subject="Ada"),
+        Edit("Bram was born in", "Oslo", old="Bonn", subject="Bram"),  # shares an answer with Ada
+        Edit("Cleo plays the", "harp", old="drum", subject="Cleo"),
+        Edit("Dirk, Dirk is a", "cook", old="smith", subject="Dirk"),  # stands twice
+        Edit("It is", "cold", old="warm"),
+    ]
+    assert sorted(auto_study.other_questions(edits)) == [
+        ("Ada plays the", "Rome"),
+        ("Bram plays the", "Oslo"),
+        ("Cleo was born in", "harp"),
+        ("Dirk plays the", "cook"),
+        ("Dirk was born in", "cook"),
+        ("The home of Cleo is", "harp"),
+        ("The home of Dirk is", "cook"),
+    ]
+
+
+def test_spill_is_the_share_of_other_questions_that_get_the_new_answer(worlds):
+    model = unwrite.load(worlds().folder)
+    prompts = ["the job of ada", "the home of bram", "the job of cleo"]
+    said = model.generate(prompts, 1)
+    assert auto_study.spill(model, list(zip(prompts, said, strict=True))) == 1.0
+    other = ["cat" if one != "cat" else "rain" for one in said[:1]]
+    asked = list(zip(prompts, [*other, *said[1:]], strict=True))
+    assert auto_study.spill(model, asked) == pytest.approx(2 / 3)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from unwrite.activations import mentions
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, TrainingFailed
@@ -16,7 +15,7 @@ from unwrite.methods.memit import MEMIT
 from unwrite.model import Model, Tokens, readable
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
-from unwrite.training import Trained, neutral_contexts, new_pairs
+from unwrite.training import Trained, learned, neutral_contexts, new_pairs
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
@@ -25,19 +24,20 @@ WORDS_READ = 600  # of the neutral text, for the check
 
 
 class _Budget(NamedTuple):
-    """What an update may cost: neutral sentences that a value is sought behind, made-up neighbours
-    of every edit, prompts of the model's own, and epochs of training at most."""
+    """What an update may cost: rewordings that a value is sought for and steps of that search,
+    made-up neighbours of every edit, prompts of the model's own, and epochs of training at most."""
 
-    contexts: int
+    rewordings: int
+    steps: int
     neighbours: int
     own_prompts: int
     epochs: int
 
 
 BUDGETS = {
-    "fast": _Budget(contexts=3, neighbours=2, own_prompts=0, epochs=3),
-    "balanced": _Budget(contexts=8, neighbours=4, own_prompts=200, epochs=12),
-    "thorough": _Budget(contexts=8, neighbours=8, own_prompts=400, epochs=40),
+    "fast": _Budget(rewordings=12, steps=20, neighbours=2, own_prompts=0, epochs=3),
+    "balanced": _Budget(rewordings=21, steps=30, neighbours=4, own_prompts=200, epochs=12),
+    "thorough": _Budget(rewordings=30, steps=40, neighbours=8, own_prompts=400, epochs=40),
 }
 
 
@@ -46,18 +46,22 @@ class Auto:
     """Write at subjects, train under protection, and check without the records' own probes.
 
     1. Edits whose subject stands once in the prompt are written at that subject into the MLPs of
-       some layers (``MEMIT``), while made-up neighbours stay. That carries over to other wordings
-       as training does not.
-    2. All weights are trained (``FullFT``) from there until every new answer is right, with the
-       model's answers *before the update* to ``protect``, to made-up neighbours and to prompts of
-       its own held fast: training repairs what the writing moved, learns what could not be written
-       and is the whole method where no edit has a subject.
+       some layers (``MEMIT``), for the prompt and for what is left of it when words are missing
+       (``rewordings``), while made-up neighbours stay. That carries over to other wordings as
+       training does not.
+    2. Where a new answer is not right by then, or one to ``protect`` no longer what it was, all
+       weights are trained (``FullFT``) from there until they are, with the model's answers *before
+       the update* to ``protect``, to made-up neighbours and to prompts of its own held fast:
+       training learns what could not be written and is the whole method where no edit has a
+       subject. Where nothing is wanting it would only move bystanders (``train="always"`` trains
+       all the same).
     3. A delta is linear: of the strengths 0.5 to 1 the least is taken at which every new answer
        still holds that holds at 1, bare and behind neutral sentences that nothing was taught
        behind.
 
-    ``budget`` decides how much of each is done (``BUDGETS``); ``neighbours`` (of every edit, to be
-    kept), ``own_prompts`` and ``epochs`` (0: nothing is trained) go before it where they are given.
+    ``budget`` decides how much of each is done (``BUDGETS``); ``rewordings``, ``neighbours`` (of
+    every edit, to be kept), ``own_prompts`` and ``epochs`` (0: nothing is trained) go before it
+    where they are given.
     ``write=False`` leaves out the first step. Step 3 is made with ``least=True`` only: what it
     gains in neighbours it costs in wordings (docs/results.md). Paraphrases and bystanders are never
     read: the notes say what the check found on prompts made from the edits alone.
@@ -81,6 +85,8 @@ class Auto:
     keep_earlier: bool = True
     batch_size: int = 8
     seed: int = 0
+    rewordings: int | None = field(default=None, metadata={"later": True})
+    train: Literal["needed", "always"] = field(default="needed", metadata={"later": True})
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = "ours; MEMIT (2210.07229), then fine-tuning under a KL penalty"
@@ -89,6 +95,8 @@ class Auto:
     def __post_init__(self) -> None:
         if self.budget not in BUDGETS:
             raise BadSetting(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}.")
+        if self.train not in ("needed", "always"):
+            raise BadSetting(f"train must be needed or always, not {self.train!r}.")
         if not (self.write or self._amounts.epochs):
             raise BadSetting("With write=False and epochs=0 nothing would be done.")
         self.parts  # noqa: B018 -- refuses what they refuse
@@ -102,7 +110,7 @@ class Auto:
     def _amounts(self) -> _Budget:
         given = {
             name: value
-            for name in ("neighbours", "own_prompts", "epochs")
+            for name in ("rewordings", "neighbours", "own_prompts", "epochs")
             if (value := getattr(self, name)) is not None
         }
         return BUDGETS[self.budget]._replace(**given)
@@ -112,7 +120,9 @@ class Auto:
         if not self.write:
             return None
         return MEMIT(
-            contexts=self._amounts.contexts,
+            contexts=0,  # every other rewording stands behind a neutral sentence
+            rewordings=self._amounts.rewordings,
+            steps=self._amounts.steps,
             preserve=self.preserve,
             neighbours=self._amounts.neighbours,
             seed=self.seed,
@@ -142,10 +152,13 @@ class Auto:
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """Raises what fine-tuning raises, and ``TrainingFailed`` where nothing can be written and
         nothing is to be trained. The notes say what was chosen, why, and what it did."""
-        check = _Check.of(model, edits, self._amounts, self.seed)
+        check = _Check.of(model, edits, self._amounts, self.protect, self.seed)
         total, said = _written(model, edits, self._writer)
         notes: dict[str, Any] = {"budget": self.budget, **self._amounts._asdict()}
-        if self._tuner is not None:
+        if self.train == "needed" and len(total) and check.nothing_wants(model, edits, total):
+            said.append("Every new answer is right as it was written, so nothing was trained.")
+            notes |= {"epochs_trained": 0, "learned": True}
+        elif self._tuner is not None:
             trained = self._tuner.train(model, new_pairs(edits), start=total)
             total = total + trained.delta
             said.append(_told(trained, self._tuner))
@@ -171,8 +184,7 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     """What can be written at subjects, and sentences about it."""
     if writer is None:
         return Delta.nothing(), []
-    contexts = neutral_contexts(writer.contexts)
-    writable = [edit for edit in edits if _has_a_place(model, edit, contexts)]
+    writable = [edit for edit in edits if _has_a_place(model, edit, writer)]
     left = len(edits) - len(writable)
     rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
@@ -185,11 +197,11 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     return written, [*sentences, rest] if left else sentences
 
 
-def _has_a_place(model: Model, edit: Edit, contexts: Sequence[str]) -> bool:
+def _has_a_place(model: Model, edit: Edit, writer: MEMIT) -> bool:
     """Whether a single token of the prompt ends the subject, before the answer begins, and the
-    prompt can be read behind every context."""
+    prompt can be read behind every sentence."""
     try:
-        mentions(model, [edit], contexts)
+        writer.mentions(model, [edit], writer.seed)
     except BadEdits:
         return False
     return True
@@ -233,27 +245,43 @@ class _Check:
     bare: list[Tokens]
     reworded: list[Tokens]
     neighbours: list[Tokens]
+    protected: list[Tokens]
     perplexity: float
     text: str = field(repr=False)
 
     @classmethod
-    def of(cls, model: Model, edits: Sequence[Edit], amounts: _Budget, seed: int) -> _Check:
-        unseen = neutral_contexts(amounts.contexts + REWORDINGS)[amounts.contexts :]
+    def of(
+        cls,
+        model: Model,
+        edits: Sequence[Edit],
+        amounts: _Budget,
+        protect: Sequence[str],
+        seed: int,
+    ) -> _Check:
+        seen = amounts.rewordings // 2
+        unseen = neutral_contexts(seen + REWORDINGS)[seen:]
         pairs = new_pairs(edits)
         asked = [(edit.prompt, edit.subject) for edit in edits]
         protected = set(neighbours(asked, amounts.neighbours, seed))
         others = neighbours(asked, CHECKED, seed + 1)
         prompts = [one for one in others if one not in protected]
-        said = model.generate(prompts, ANSWER_TOKENS_KEPT)
+        said = model.generate([*prompts, *protect], ANSWER_TOKENS_KEPT)
+        answered = list(zip([*prompts, *protect], said, strict=True))
         behind = [(f"{one} {pair.prompt}", pair.answer) for pair in pairs for one in unseen]
         text = neutral_text(WORDS_READ)
         return cls(
             readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
             readable(model, behind),
-            readable(model, list(zip(prompts, said, strict=True))),
+            readable(model, answered[: len(prompts)]),
+            readable(model, answered[len(prompts) :]),
             perplexity(model, text),
             text,
         )
+
+    def nothing_wants(self, model: Model, edits: Sequence[Edit], delta: Delta) -> bool:
+        """Whether every new answer is right, and every one to protect as it was."""
+        with model.shifted(delta):
+            return all((*learned(model, new_pairs(edits)), *_right(model, self.protected)))
 
     def least_strength(self, model: Model, delta: Delta) -> float:
         """The least of ``STRENGTHS`` and 1 at which all holds that holds at 1."""
