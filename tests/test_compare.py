@@ -14,6 +14,7 @@ from unwrite import comparison
 from unwrite.base import Base
 from unwrite.errors import BadEdits, BadSetting, HomeBusy, TrainingFailed
 from unwrite.files import only_writer, read_json, read_jsonl
+from unwrite.methods.auto import Auto
 from unwrite.model import Model
 from unwrite.reference import NAMES
 from unwrite.scores import ROLES
@@ -110,6 +111,19 @@ def test_sequential_cells_are_updates_one_after_the_other(worlds, tmp_path, dtyp
     assert sum(by_chunk) / 2 == row["scores"]["after"]["reliability"]["token"]
     assert second["earlier"]["reliability"]["token"] == by_chunk[0]
     assert not (cell_file(found, row, "steps")).exists()
+
+
+def test_a_method_that_keeps_earlier_edits_keeps_them_in_sequence_too(worlds, tmp_path):
+    """The states of a home, for ``auto`` as well, which protects there what earlier updates taught."""
+    method = Auto(write=False, own_prompts=0, epochs=3, lr=1e-3)
+    world = worlds()
+    found = compare(world, tmp_path / "run", {"a": method}, mode="sequential", chunk=2)
+    prints = []
+    for keep in (True, False):
+        home = unwrite.open(tmp_path / f"home {keep}", base=world.folder)
+        one = replace(method, keep_earlier=keep)
+        prints.append([home.update(world.edits[at : at + 2], one).fingerprint for at in (0, 2)][-1])
+    assert row_of(found, method="a")["fingerprint"] == prints[0] != prints[1]
 
 
 def test_single_edits_are_updates_of_the_same_start(worlds, tmp_path):

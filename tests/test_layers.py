@@ -302,6 +302,7 @@ SIDEWAYS = {
     ("robustness", "bench"),
     ("robustness", "export"),
     ("robustness", "reload"),
+    ("comparison", "protection"),
     ("cell", "ability"),
     ("cell", "bench"),
     ("cell", "grid"),

@@ -39,7 +39,8 @@ RIVALS_BEFORE, RIVALS_AFTER = "rivals-before.jsonl", "rivals-after.jsonl"
 STEPS, ROBUST = "steps", "robust"
 
 Ask = Callable[[Sequence[Question]], list[dict[str, Any]]]
-Learn = Callable[[Sequence[Edit]], Delta]  # the method, on the state that the bench is in
+# The method, on the state that the bench is in: edits to learn, and those that led to that state.
+Learn = Callable[[Sequence[Edit], Sequence[Edit]], Delta]
 
 
 @dataclass
@@ -156,7 +157,7 @@ class _Work:
         for number, chunk in enumerate(chunks, start=1):
             held = list(deltas)
             try:
-                delta = self._learned(chunk)
+                delta = self._learned(chunk, start.edits[: (number - 1) * size])
                 with self.meter.of("arithmetic"):
                     if delta:
                         # On disk, as in a home: all of them are needed until the end.
@@ -291,9 +292,9 @@ class _Work:
             write_jsonl(self.folder / ROBUST / f"{stem}.jsonl", rows)
         return found.facts
 
-    def _learned(self, edits: Sequence[Edit]) -> Delta:
+    def _learned(self, edits: Sequence[Edit], earlier: Sequence[Edit] = ()) -> Delta:
         with self.meter.of("train"):
-            delta = self.learn(edits)
+            delta = self.learn(edits, earlier)
         with self.meter.of("arithmetic"):
             return delta.in_memory()  # a lazy view would be computed three times
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from unwrite import ability, grid, methods, robustness, tables
+from unwrite import ability, grid, methods, protection, robustness, tables
 from unwrite import base as bases
 from unwrite import cell as cells
 from unwrite.base import Base
@@ -435,13 +435,14 @@ class _Run:
         """How this cell gets its delta; reference rows look at what other cells found out."""
         if isinstance(method, RandomDelta):
             facts = cells.tensor_facts(self._other(cell, method.like))
-            return lambda edits: method.made(facts)
+            return lambda edits, earlier: method.made(facts)
         if isinstance(method, RandomMask):
             core = read_json(self._other(cell, method.like) / cells.RESULT)["delta"]
-            return lambda edits: method.made(self._values(cell, method, edits), core["changed"])
+            return lambda edits, earlier: method.made(self._values(cell, method, edits), core["changed"])
 
-        def learn(edits: Sequence[Edit]) -> Delta:
-            delta: Delta = method.delta(self.bench.model, edits)
+        def learn(edits: Sequence[Edit], earlier: Sequence[Edit]) -> Delta:
+            keeping = protection.keeping(method, earlier, edits)
+            delta: Delta = keeping.delta(self.bench.model, edits)
             donor = self._donor(cell, cell.settings)
             if donor in self._wanted(later) and not (donor / "delta.json").is_file():
                 return delta.save(donor)

@@ -294,8 +294,7 @@ class Home:
             if watched:
                 outlook = protection.look_ahead(model, edits, method, watched, self._past())
                 method = protection.protecting(method, outlook.endangered)
-            if getattr(method, "keep_earlier", False):
-                method = protection.protecting(method, list(self._taught(live, edits)))
+            method = protection.keeping(method, self._taught(live), edits)
             delta = method.delta(model, edits)
         notes = record.notes_of(delta)
         settings = methods.settings_of(method)
@@ -392,14 +391,10 @@ class Home:
         row for every update with ``protect``, undone or not. Read from their records."""
         return self._past().matrix
 
-    def _taught(self, live: Sequence[str], edits: Sequence[Edit]) -> Iterator[str]:
-        """The prompts that live updates have changed, but for those that ``edits`` change anew."""
-        anew = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
+    def _taught(self, live: Sequence[str]) -> Iterator[Edit]:
+        """The edits of live updates."""
         for update in live:
-            entry = self.ledger.applied[update]
-            for edit in read_edits(self._file(entry, "edits.jsonl")):
-                if edit.prompt not in anew:
-                    yield edit.prompt
+            yield from read_edits(self._file(self.ledger.applied[update], "edits.jsonl"))
 
     def _past(self) -> History:
         def records() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:

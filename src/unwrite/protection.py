@@ -381,6 +381,15 @@ def protecting(method: Any, prompts: Sequence[str]) -> Any:
     return replaced(method, "protect", tuple(dict.fromkeys((*already, *prompts))))[0]
 
 
+def keeping(method: Any, earlier: Iterable[Edit], edits: Sequence[Edit]) -> Any:
+    """A method that has ``keep_earlier`` with the prompts of ``earlier`` edits protected, but for
+    those that ``edits`` change anew; any other method as it is, and ``earlier`` is not looked at."""
+    if not getattr(method, "keep_earlier", False):
+        return method
+    anew = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}
+    return protecting(method, [edit.prompt for edit in earlier if edit.prompt not in anew])
+
+
 def check_protects(method: Any) -> None:
     """Refuse (``BadSetting``) a method without a field ``protect``."""
     if not fields_named(method, "protect"):
