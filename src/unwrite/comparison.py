@@ -438,7 +438,9 @@ class _Run:
             return lambda edits, earlier: method.made(facts)
         if isinstance(method, RandomMask):
             core = read_json(self._other(cell, method.like) / cells.RESULT)["delta"]
-            return lambda edits, earlier: method.made(self._values(cell, method, edits), core["changed"])
+            return lambda edits, earlier: method.made(
+                self._values(cell, method, edits), core["changed"]
+            )
 
         def learn(edits: Sequence[Edit], earlier: Sequence[Edit]) -> Delta:
             keeping = protection.keeping(method, earlier, edits)
