@@ -15,7 +15,8 @@ from unwrite.methods.auto import Auto
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.testing import PEOPLE, check_method
-from unwrite.training import fine_tune, learned, new_pairs
+from unwrite.training import Pair, fine_tune, learned, new_pairs
+from unwrite.wordings import other_questions
 
 EDITS = [
     Edit(f"the {thing} of {person}", answer, subject=person, id=person)
@@ -213,6 +214,25 @@ def test_a_change_of_nothing_suffices_at_any_strength(model, method):
     assert check.least_strength(model, unwrite.Delta.nothing()) == auto.STRENGTHS[0]
     found = check.found(model, unwrite.Delta.nothing())
     assert (found.neighbours_kept, found.perplexity_ratio) == (1.0, 1.0)
+
+
+def test_the_check_tells_of_other_questions_that_get_the_new_answer(model, method, monkeypatch):
+    monkeypatch.setattr("unwrite.wordings.QUESTIONS", ("the pet of {}", "the age of {}"))
+    check = auto._Check.of(model, EDITS, method._amounts, (), method.seed)
+    asked = [
+        Pair(prompt, edit.new)
+        for edit in EDITS
+        for prompt in other_questions(edit.prompt, edit.subject, 2)
+    ]
+    assert len(check.others) == len(asked) == 8
+    before = check.found(model, unwrite.Delta.nothing()).spill
+    broad = fine_tune(model, asked, FullFT(lr=1e-3, epochs=60)).delta
+    found = check.found(model, broad)
+    assert (before < 0.5, found.spill) == (True, 1.0)
+    assert "100 % of other questions about the subjects answered with the new" in found.sentence()
+    nobody = [replace(edit, subject=None) for edit in EDITS]
+    blank = auto._Check.of(model, nobody, method._amounts, (), method.seed)
+    assert blank.found(model, broad).spill is None
 
 
 def test_no_checked_neighbour_is_protected(model, method):

@@ -114,7 +114,7 @@ def test_sequential_cells_are_updates_one_after_the_other(worlds, tmp_path, dtyp
 
 
 def test_a_method_that_keeps_earlier_edits_keeps_them_in_sequence_too(worlds, tmp_path):
-    """The states of a home, for ``auto`` as well, which protects there what earlier updates taught."""
+    """The states of a home, also for ``auto``, which protects what earlier updates taught."""
     method = Auto(write=False, own_prompts=0, epochs=3, lr=1e-3)
     world = worlds()
     found = compare(world, tmp_path / "run", {"a": method}, mode="sequential", chunk=2)

@@ -10,7 +10,7 @@ from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting
 from unwrite.testing import PEOPLE
 from unwrite.values import REWORDINGS_AT_ONCE, Search, find_values
-from unwrite.wordings import LEFT_OUT, thinned
+from unwrite.wordings import LEFT_OUT, other_questions, thinned
 
 PROMPT = "As everybody knows, the mother tongue of Danielle Darrieux, of course, is"
 words = st.lists(st.sampled_from(["a", "bb", "ccc", "dd,", "e\n"]), max_size=6)
@@ -56,6 +56,22 @@ def test_without_blanks_or_other_words_it_is_the_prompt_itself():
 def test_a_subject_that_does_not_stand_there_is_an_error():
     with pytest.raises(BadEdits, match="does not stand in the prompt"):
         thinned(PROMPT, "Marie Curie", 1, 0)
+
+
+def test_other_questions_are_unlike_the_one_that_is_asked():
+    found = other_questions("Ada Blau was born in", "Ada Blau", 20)
+    assert len(found) == len(set(found)) > 8
+    assert all("Ada Blau" in one and "born" not in one for one in found)
+    assert other_questions("Ada Blau was born in", "Ada Blau", 3) == found[:3]
+    assert other_questions("Ada Blau was born in", "Ada Blau", 0) == ()
+    # The words of the subject are no words of the question.
+    assert "Born is famous for" in other_questions("Born lives in", "Born", 20)
+
+
+def test_a_question_in_which_the_subject_would_stand_twice_is_not_asked():
+    assert not any(
+        "price of price" in one for one in other_questions("Who set price?", "price", 20)
+    )
 
 
 # ---- values sought behind them -------------------------------------------------------------------

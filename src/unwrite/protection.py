@@ -382,8 +382,8 @@ def protecting(method: Any, prompts: Sequence[str]) -> Any:
 
 
 def keeping(method: Any, earlier: Iterable[Edit], edits: Sequence[Edit]) -> Any:
-    """A method that has ``keep_earlier`` with the prompts of ``earlier`` edits protected, but for
-    those that ``edits`` change anew; any other method as it is, and ``earlier`` is not looked at."""
+    """A method that has ``keep_earlier``, with the prompts of ``earlier`` edits protected but for
+    those that ``edits`` change anew; any other method as it is, without a look at ``earlier``."""
     if not getattr(method, "keep_earlier", False):
         return method
     anew = {prompt for edit in edits for prompt in (edit.prompt, *edit.paraphrases)}

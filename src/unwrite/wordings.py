@@ -1,18 +1,40 @@
-"""Other wordings of a prompt, made from the prompt alone: some of its words are left out.
+"""Other wordings of a prompt, and other questions about its subject, made from the prompt alone.
 
 What is taught in one wording hangs on that wording. Who asks otherwise keeps the subject and a word
 or two of the relation; a prompt that has lost half of the words beside its subject asks as little.
-Nothing that an edit is scored on is read here, and no model is asked.
+But what follows from so little may come up when something else is asked about the subject, too:
+``other_questions`` are there to find that out. Nothing that an edit is scored on is read here, and
+no model is asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 
 from unwrite.activations import subject_end
 
 LEFT_OUT = 0.5  # share of the words beside the subject
+# What may be asked of people, places, organisations and works; not every question suits every one.
+QUESTIONS = (
+    "{} was born in the year",
+    "{} is located near",
+    "The owner of {} is",
+    "{} is famous for",
+    "{} was married to",
+    "The colour of {} is",
+    "{} was founded by",
+    "The father of {} was",
+    "{} works as a",
+    "The age of {} is",
+    "{} died in",
+    "The price of {} is",
+    "{} speaks",
+    "{} belongs to the",
+    "The best friend of {} is",
+    "{} was named after",
+)
 
 
 def thinned(prompt: str, subject: str, count: int, seed: int) -> tuple[str, ...]:
@@ -37,3 +59,17 @@ def thinned(prompt: str, subject: str, count: int, seed: int) -> tuple[str, ...]
         return "".join(word for word in words if draw.random() >= LEFT_OUT)
 
     return tuple(f"{some(lead)}{core}{some(rest) or ''.join(rest)}" for _ in range(count))
+
+
+def other_questions(prompt: str, subject: str, count: int) -> tuple[str, ...]:
+    """Up to ``count`` bundled questions about the subject, each as a prompt, none of which has a
+    word of four letters or more in common with what ``prompt`` says beside it."""
+    subject = subject.strip()
+    asked = _words(prompt.replace(subject, " "))
+    unlike = (one.format(subject) for one in QUESTIONS if not _words(one) & asked)
+    once = (one for one in unlike if one.count(subject) == 1)
+    return tuple(itertools.islice(once, count))
+
+
+def _words(text: str) -> set[str]:
+    return {word for word in re.findall(r"\w+", text.casefold()) if len(word) > 3}

@@ -16,10 +16,12 @@ from unwrite.model import Model, Tokens, readable
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
 from unwrite.training import Trained, learned, neutral_contexts, new_pairs
+from unwrite.wordings import other_questions
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
 CHECKED = 2  # made-up neighbours of every edit that nothing protects, for the check
+QUESTIONS = 3  # other questions about every subject, for the check
 WORDS_READ = 600  # of the neutral text, for the check
 
 
@@ -217,11 +219,13 @@ def _told(trained: Trained, tuner: FullFT) -> str:
 
 class _Found(NamedTuple):
     """What the check finds: shares of answers that are right (of all their tokens), of made-up
-    neighbours that nothing protected and whose answer stayed, and perplexity relative to before."""
+    neighbours that nothing protected and whose answer stayed, of other questions about the subjects
+    that get the new answer (``spill``), and perplexity relative to before."""
 
     learned: float | None
     reworded: float | None
     neighbours_kept: float | None
+    spill: float | None
     perplexity_ratio: float
 
     def sentence(self) -> str:
@@ -230,6 +234,7 @@ class _Found(NamedTuple):
             (self.learned, "of the new answers right"),
             (self.reworded, "behind sentences not met in training"),
             (self.neighbours_kept, "of made-up neighbours that nothing protected as before"),
+            (self.spill, "of other questions about the subjects answered with the new answer"),
         )
         told = [f"{100 * share:.0f} % {what}" for share, what in shares if share is not None]
         return (
@@ -245,6 +250,7 @@ class _Check:
     bare: list[Tokens]
     reworded: list[Tokens]
     neighbours: list[Tokens]
+    others: list[Tokens]
     protected: list[Tokens]
     perplexity: float
     text: str = field(repr=False)
@@ -263,19 +269,26 @@ class _Check:
         pairs = new_pairs(edits)
         asked = [(edit.prompt, edit.subject) for edit in edits]
         protected = set(neighbours(asked, amounts.neighbours, seed))
-        others = neighbours(asked, CHECKED, seed + 1)
-        prompts = [one for one in others if one not in protected]
+        made_up = neighbours(asked, CHECKED, seed + 1)
+        prompts = [one for one in made_up if one not in protected]
         said = model.generate([*prompts, *protect], ANSWER_TOKENS_KEPT)
         answered = list(zip([*prompts, *protect], said, strict=True))
         behind = [(f"{one} {pair.prompt}", pair.answer) for pair in pairs for one in unseen]
+        others = [
+            (question, edit.new)
+            for edit in edits
+            if edit.subject
+            for question in other_questions(edit.prompt, edit.subject, QUESTIONS)
+        ]
         text = neutral_text(WORDS_READ)
         return cls(
-            readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
-            readable(model, behind),
-            readable(model, answered[: len(prompts)]),
-            readable(model, answered[len(prompts) :]),
-            perplexity(model, text),
-            text,
+            bare=readable(model, [(pair.prompt, pair.answer) for pair in pairs]),
+            reworded=readable(model, behind),
+            neighbours=readable(model, answered[: len(prompts)]),
+            others=readable(model, others),
+            protected=readable(model, answered[len(prompts) :]),
+            perplexity=perplexity(model, text),
+            text=text,
         )
 
     def nothing_wants(self, model: Model, edits: Sequence[Edit], delta: Delta) -> bool:
@@ -303,6 +316,7 @@ class _Check:
                 learned=_share(_right(model, self.bare)),
                 reworded=_share(_right(model, self.reworded)),
                 neighbours_kept=_share(_right(model, self.neighbours)),
+                spill=_share(_right(model, self.others)),
                 perplexity_ratio=perplexity(model, self.text) / self.perplexity,
             )
 
