@@ -13,20 +13,25 @@ KINDS = {
     "known-counterfact": "CounterFact, known to the model",
     "atlas": "atlas, known to the model",
 }
+MISSING = "*Not measured yet.*"
 
 
 def blocks() -> dict[str, list[str]]:
     """Lines by block; a split that was not measured leaves a sentence that says so."""
     result = measured("auto_study")
     tables = [] if result is None else result["tables"]
-    return {f"auto, {split}": lines(tables, split) for split in ("test", "development")}
+    sequence = measured("auto_sequence")
+    return {
+        **{f"auto, {split}": lines(tables, split) for split in ("test", "development")},
+        "auto, sequence": [MISSING] if sequence is None else sequence_lines(sequence["rows"]),
+    }
 
 
 def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
     """One table over all kinds of facts of a split."""
     chosen = [one for one in tables if one["split"] == split]
     if not chosen:
-        return ["*Not measured yet.*"]
+        return [MISSING]
     found = [
         "| facts | method | seeds | reliability | generality | locality | old recall | "
         "harmonic mean | spill | perplexity | time |",
@@ -50,4 +55,22 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
                 f"x {one['seconds_over_plain']:.1f}" if one["seconds_over_plain"] else "",
             )
             found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def sequence_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """What is left of earlier updates, a row a method."""
+    found = [
+        "| method | updates | learned | retained | generality | locality | perplexity |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in rows:
+        shares = ("learned", "retained", "generality", "locality")
+        cells = (
+            one["method"],
+            str(one["updates"]),
+            *(f"{100 * one[share]:.1f}" for share in shares),
+            f"x {one['perplexity_ratio']:.2f}",
+        )
+        found.append(f"| {' | '.join(cells)} |")
     return found

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 import unwrite
-from benchmarks import auto_study, auto_tables, method_defaults
+from benchmarks import auto_sequence, auto_study, auto_tables, method_defaults
+from benchmarks.planted_study import rows_of
 from unwrite import Edit, FullFT
-from unwrite.edits import Probe
+from unwrite.edits import Probe, write_edits
 from unwrite.methods.auto import Auto
 from unwrite.neighbours import bundled_subjects
 
@@ -100,3 +101,29 @@ def test_spill_is_the_share_of_other_questions_that_get_the_new_answer(worlds):
     other = ["cat" if one != "cat" else "rain" for one in said[:1]]
     asked = list(zip(prompts, [*other, *said[1:]], strict=True))
     assert auto_study.spill(model, asked) == pytest.approx(2 / 3)
+
+
+def test_a_sequence_tells_what_is_left_of_earlier_updates(tmp_path, monkeypatch, worlds):
+    world = worlds()
+    monkeypatch.setattr(auto_sequence, "METHODS", {"full-ft": "full-ft:epochs=40:lr=1e-3"})
+    monkeypatch.setattr(auto_sequence, "DATA", {"counterfact": ("edits.jsonl", 0)})
+    write_edits(tmp_path / "edits.jsonl", world.edits[:4])
+    options = Namespace(
+        data=tmp_path,
+        work=tmp_path / "work",
+        base=str(world.folder),
+        only="full-ft",
+        updates=2,
+        edits=2,
+        seeds=1,
+    )
+    auto_sequence.run(options)
+    (row,) = auto_sequence.summary(rows_of(options.work, ["full-ft"]))
+    (whole,) = rows_of(options.work, ["full-ft"])
+    first, second = whole["steps"]
+    assert (row["updates"], row["seeds"]) == (2, 1)
+    news = [step["new"]["reliability"]["token"] for step in (first, second)]
+    assert row["learned"] == pytest.approx(sum(news) / 2)
+    assert row["retained"] == second["reliability_by_chunk"][0]["token"]
+    assert row["perplexity_ratio"] == second["perplexity"] / whole["perplexity"]["before"]
+    assert auto_tables.sequence_lines([row])[2].startswith("| full-ft | 2 | ")
