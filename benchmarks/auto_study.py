@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "auto": {"method": "auto"},
     "auto, fast": {"method": "auto", "budget": "fast"},
     "auto, thorough": {"method": "auto", "budget": "thorough"},
+    "fast, firmly": {"method": "auto", "budget": "fast", "stop": "0.1"},
     "fast without rewordings": {"method": "auto", "budget": "fast", "rewordings": "0"},
     "fast, always trained": {"method": "auto", "budget": "fast", "train": "always"},
     "fast without training": {"method": "auto", "budget": "fast", "epochs": "0"},

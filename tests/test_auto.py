@@ -46,7 +46,14 @@ def toy_sized(tmp_path, monkeypatch):
 
     def small(self):
         writer = plain(self)
-        toy = {"layers": (0,), "covariance": "identity", "clamp": 20.0, "kl": 0.0, "lr": 0.5}
+        toy = {
+            "layers": (0,),
+            "covariance": "identity",
+            "clamp": 20.0,
+            "kl": 0.0,
+            "lr": 0.5,
+            "stop": 0.1,
+        }
         return None if writer is None else replace(writer, preserve=1e-2, **toy)
 
     monkeypatch.setattr(Auto, "_writer", property(small))

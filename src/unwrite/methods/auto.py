@@ -61,12 +61,14 @@ class Auto:
        still holds that holds at 1, bare and behind neutral sentences that nothing was taught
        behind.
 
-    ``budget`` decides how much of each is done (``BUDGETS``); ``rewordings``, ``neighbours`` (of
-    every edit, to be kept), ``own_prompts`` and ``epochs`` (0: nothing is trained) go before it
-    where they are given.
-    ``write=False`` leaves out the first step. Step 3 is made with ``least=True`` only: what it
-    gains in neighbours it costs in wordings (docs/results.md). Paraphrases and bystanders are never
-    read: the notes say what the check found on prompts made from the edits alone.
+    ``stop`` is the loss at which a value is firm enough (``Search``): the smaller, the more
+    wordings follow, and the more often the new answer also comes up where something else is asked
+    about the subject. ``budget`` decides how much of each is done (``BUDGETS``); ``rewordings``,
+    ``neighbours`` (of every edit, to be kept), ``own_prompts`` and ``epochs`` (0: nothing is
+    trained) go before it where they are given. ``write=False`` leaves out the first step. Step 3 is
+    made with ``least=True`` only: what it gains in neighbours it costs in wordings
+    (docs/results.md). Paraphrases and bystanders are never read: the notes say what the check found
+    on prompts made from the edits alone.
 
     In a home, ``keep_earlier`` protects what live updates taught as well.
 
@@ -88,6 +90,7 @@ class Auto:
     batch_size: int = 8
     seed: int = 0
     rewordings: int | None = field(default=None, metadata={"later": True})
+    stop: float = field(default=0.5, metadata={"later": True})
     train: Literal["needed", "always"] = field(default="needed", metadata={"later": True})
 
     name: ClassVar[str] = "auto"
@@ -125,6 +128,7 @@ class Auto:
             contexts=0,  # every other rewording stands behind a neutral sentence
             rewordings=self._amounts.rewordings,
             steps=self._amounts.steps,
+            stop=self.stop,
             preserve=self.preserve,
             neighbours=self._amounts.neighbours,
             seed=self.seed,
