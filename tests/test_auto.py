@@ -165,6 +165,28 @@ def test_what_is_right_as_it_was_written_is_not_trained(model, method, firmly):
     assert method.delta(model, EDITS).provenance["notes"]["epochs_trained"] > 0
 
 
+def test_what_is_not_right_is_written_once_more(model, method, monkeypatch):
+    """A writer that misses the second half at first; what it then adds to is the first writing."""
+    asked = []
+
+    def halfway(self, model, edits):
+        asked.append([edit.prompt for edit in edits])
+        taught, kept = (edits[:2], ()) if len(asked) == 1 else (edits, asked[0][:2])
+        recipe = FullFT(lr=1e-3, epochs=60, protect=tuple(kept))
+        delta = fine_tune(model, new_pairs(taught), recipe).delta
+        delta.provenance["notes"] = {"sentences": ["written"]}
+        return delta
+
+    monkeypatch.setattr(MEMIT, "delta", halfway)
+    delta = replace(method, epochs=0).delta(model, EDITS)
+    assert asked[0] == [edit.prompt for edit in EDITS]
+    assert asked[1] == [edit.prompt for edit in EDITS[2:]]
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(EDITS)))
+    said = delta.provenance["notes"]["sentences"]
+    assert said[:2] == ["written", "2 whose new answer was not right yet were written once more."]
+
+
 def test_an_answer_to_protect_that_moved_is_trained_back(model, method, firmly):
     """Nobody protected it when it was written; protected, it is trained until it is as before."""
     asked = {f"the {thing} of {person}" for person in PEOPLE for thing in ("job", "home", "pet")}

@@ -24,8 +24,15 @@ def test_the_subject_stays_and_some_of_the_words():
         left = iter(PROMPT.split())
         assert all(word in left for word in text.split())  # in their order, and none is new
         assert not text.endswith("Darrieux,")
-    kept = sum("mother" in text for text in found) / len(found)
+    kept = sum("the" in text.split() for text in found) / len(found)
     assert kept == pytest.approx(1 - LEFT_OUT, abs=0.12)
+
+
+def test_a_word_that_says_what_is_asked_stays():
+    told = {"everybody", "knows,", "mother", "tongue", "course,"}
+    assert all(told & set(text.split()) for text in thinned(PROMPT, "Danielle Darrieux", 200, 0))
+    for text in thinned("As to Zoe, she is my kin", "Zoe", 50, seed=0):  # none is long
+        assert {"she", "kin"} & set(text.split())
 
 
 @given(words, words, st.sampled_from(["", "'s"]), st.integers(0, 9))

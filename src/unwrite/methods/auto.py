@@ -20,6 +20,7 @@ from unwrite.wordings import other_questions
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
+WRITINGS = 3  # at most, each of what the one before left undone
 CHECKED = 2  # made-up neighbours of every edit that nothing protects, for the check
 QUESTIONS = 3  # other questions about every subject, for the check
 WORDS_READ = 600  # of the neutral text, for the check
@@ -50,7 +51,7 @@ class Auto:
     1. Edits whose subject stands once in the prompt are written at that subject into the MLPs of
        some layers (``MEMIT``), for the prompt and for what is left of it when words are missing
        (``rewordings``), while made-up neighbours stay. That carries over to other wordings as
-       training does not.
+       training does not. What is not right then is written once or twice more.
     2. Where a new answer is not right by then, or one to ``protect`` no longer what it was, all
        weights are trained (``FullFT``) from there until they are, with the model's answers *before
        the update* to ``protect``, to made-up neighbours and to prompts of its own held fast:
@@ -195,12 +196,25 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
         return Delta.nothing(), [rest]
-    try:
-        written = writer.delta(model, writable).in_memory()
-    except TrainingFailed as error:  # not one could be written: they are trained
-        return Delta.nothing(), [str(error)]
-    sentences = list(written.provenance["notes"]["sentences"])
-    return written, [*sentences, rest] if left else sentences
+    total, sentences = Delta.nothing(), [rest] if left else []
+    missing = writable
+    for number in range(WRITINGS):
+        try:
+            with model.shifted(total):
+                written = writer.delta(model, missing).in_memory()
+        except TrainingFailed as error:  # not one could be written: they are trained
+            return total, [str(error), *sentences]
+        total = (total + written).in_memory()
+        if not number:
+            sentences = [*written.provenance["notes"]["sentences"], *sentences]
+        with model.shifted(total):
+            right = learned(model, new_pairs(writable))
+        missing = [edit for edit, there in zip(writable, right, strict=True) if not there]
+        if not missing:
+            break
+        again = "were written once more" if number + 1 < WRITINGS else "are left to be trained"
+        sentences.append(f"{len(missing)} whose new answer was not right yet {again}.")
+    return total, sentences
 
 
 def _has_a_place(model: Model, edit: Edit, writer: MEMIT) -> bool:
