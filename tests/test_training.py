@@ -356,7 +356,7 @@ def test_impossible_recipes_are_refused(wrong):
 
 
 def test_more_contexts_than_there_are_is_refused(model, pairs):
-    with pytest.raises(BadSetting, match="neutral contexts"):
+    with pytest.raises(BadSetting, match="neutral sentences"):
         fine_tune(model, pairs, Recipe(epochs=2, until="epochs", contexts=1000, **FAST))
 
 
