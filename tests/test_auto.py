@@ -187,6 +187,26 @@ def test_what_is_not_right_is_written_once_more(model, method, monkeypatch):
     assert said[:2] == ["written", "2 whose new answer was not right yet were written once more."]
 
 
+def test_what_cannot_be_written_once_more_is_not_said_to_be(model, method, monkeypatch):
+    """The second writing fails: what the first did stays, and no sentence says otherwise."""
+    first = fine_tune(model, new_pairs(EDITS[:2]), FullFT(lr=1e-3, epochs=60)).delta.in_memory()
+    first.provenance["notes"] = {"sentences": ["written"]}
+    made = iter([first])
+
+    def once(self, model, edits):
+        if (one := next(made, None)) is None:
+            raise TrainingFailed("Nothing was changed, because none can be written.")
+        return one
+
+    monkeypatch.setattr(MEMIT, "delta", once)
+    delta = replace(method, epochs=0).delta(model, EDITS)
+    for name in first:
+        assert torch.equal(delta[name].dense(), first[name].dense())
+    said = delta.provenance["notes"]["sentences"]
+    assert said[0] == "written"
+    assert not any("once more" in one or "Nothing was changed" in one for one in said)
+
+
 def test_an_answer_to_protect_that_moved_is_trained_back(model, method, firmly):
     """Nobody protected it when it was written; protected, it is trained until it is as before."""
     asked = {f"the {thing} of {person}" for person in PEOPLE for thing in ("job", "home", "pet")}

@@ -196,25 +196,27 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
         return Delta.nothing(), [rest]
-    total, sentences = Delta.nothing(), [rest] if left else []
-    missing = writable
+    total, missing = Delta.nothing(), writable
+    sentences: list[str] = []
     for number in range(WRITINGS):
         try:
             with model.shifted(total):
                 written = writer.delta(model, missing).in_memory()
-        except TrainingFailed as error:  # not one could be written: they are trained
-            return total, [str(error), *sentences]
+        except TrainingFailed as error:  # not one of them could be written: they are trained
+            sentences += [] if number else [str(error)]
+            break
         total = (total + written).in_memory()
-        if not number:
-            sentences = [*written.provenance["notes"]["sentences"], *sentences]
+        sentences += (
+            [f"{len(missing)} whose new answer was not right yet were written once more."]
+            if number
+            else written.provenance["notes"]["sentences"]
+        )
         with model.shifted(total):
             right = learned(model, new_pairs(writable))
         missing = [edit for edit, there in zip(writable, right, strict=True) if not there]
         if not missing:
             break
-        again = "were written once more" if number + 1 < WRITINGS else "are left to be trained"
-        sentences.append(f"{len(missing)} whose new answer was not right yet {again}.")
-    return total, sentences
+    return total, [*sentences, rest] if left else sentences
 
 
 def _has_a_place(model: Model, edit: Edit, writer: MEMIT) -> bool:
