@@ -144,7 +144,7 @@ def other_questions(edits: Sequence[Edit]) -> list[tuple[str, str]]:
             for other in sample(edits, len(edits), position)
             if edit.subject
             and other.subject
-            and other.prompt.count(other.subject) == 1
+            and _stands_once(other)
             and not {edit.new, edit.old} & {other.new, other.old}
         ]
         found += [(prompt, edit.new) for prompt in others[:OTHERS_ASKED]]

@@ -42,12 +42,11 @@ def thinned(prompt: str, subject: str, count: int, seed: int) -> tuple[str, ...]
     """``count`` copies of a prompt in which every word beside the subject is left out with
     probability ``LEFT_OUT``; some may be equal to each other, or to the prompt.
 
-    A word is what stands between blanks. One that says what is asked stays always, that is, one of
-    ``TELLING`` letters, or as long as any: without one, the prompt would ask everything. What is
-    joined to the subject stays ("'s"), and where nothing would follow the subject any more, all
-    that followed it stays: the prompt has to go on to its answer. Drawn by ``seed`` and the prompt,
-    so in any company of prompts the same.
-    Raises ``BadEdits`` as ``activations.subject_end``.
+    A word is what stands between blanks. At least one that says what is asked stays, of ``TELLING``
+    letters or more, or as long as any: without one, the prompt would ask everything. What is joined
+    to the subject stays ("'s"), and where nothing would follow the subject any more, all that
+    followed it stays: the prompt has to go on to its answer. Drawn by ``seed`` and the prompt, so
+    in any company of prompts the same. Raises ``BadEdits`` as ``activations.subject_end``.
     """
     end = subject_end(prompt, subject)
     start = end - len(subject.strip())
