@@ -2,11 +2,13 @@
 
     python -m benchmarks.auto_study --data ../shared/data [--split test --facts 100 --seeds 3]
 
-SmolLM2-135M. Kinds of facts: CounterFact and zsRE records whose old answers are planted first
-(three epochs of fine-tuning), CounterFact records that the model truly knows, and known facts of
-the atlas; drawn by seed from the development split (CounterFact 0-499, zsRE 0-199, even places of
-the atlas) or from the test split (the rest). Token form. Finished runs are kept beside the result
-and not repeated; ``--summary`` only writes the result.
+SmolLM2-135M, or with ``--base gemma-3-270m`` the model of another architecture
+(``benchmarks.second_model``). Kinds of facts: CounterFact and zsRE records whose old answers are
+planted first (three epochs of fine-tuning), CounterFact records that the model truly knows, and
+known facts of the atlas; drawn by seed from the development split (CounterFact 0-499, zsRE 0-199,
+even places of the atlas) or from the test split (the rest). Token form; with ``--exact`` what the
+model says by itself is scored as well. Finished runs are kept beside the result and not repeated;
+``--summary`` only writes the result.
 
 ``spill``: share of other questions about the edits' subjects (the prompts of other edits with the
 subject put in, whose answers are none of these) that are answered with the new answer: what a
@@ -24,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import second_model
 from benchmarks.full_ft_defaults import sample
 from benchmarks.measure import RESULTS, add_line, lines, write
 from benchmarks.method_defaults import harmonic, scored
@@ -57,6 +60,8 @@ VARIANTS: dict[str, dict[str, str]] = {
     "fast, the least that suffices": {"method": "auto", "budget": "fast", "least": "true"},
 }
 REPORTED = ("full-ft", "memit", "auto, fast", "auto")
+BASES = ("smollm2-135m", second_model.NAME)
+DRAWING = ("base", "split", "kind", "facts")  # what stands in one table
 OTHERS_ASKED = 3  # questions of other edits that every subject is asked
 
 
@@ -64,15 +69,17 @@ def main() -> None:
     """Run what is missing and write the summary."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data slices")
+    parser.add_argument("--base", choices=BASES, default=BASES[0])
     parser.add_argument("--split", choices=("development", "test"), default="development")
     parser.add_argument("--kinds", default="counterfact,zsre", help=f"of atlas, {', '.join(FILES)}")
     parser.add_argument("--only", help="variants, by semicolon; those of the split by default")
     parser.add_argument("--facts", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--exact", action="store_true", help="score the exact form as well")
     parser.add_argument("--summary", action="store_true", help="only write the summary")
     options = parser.parse_args()
     if not options.summary:
-        model = load("smollm2-135m")
+        model = load(second_model.fetched() if options.base == second_model.NAME else options.base)
         for seed in range(options.seeds):
             for kind in options.kinds.split(","):
                 run_missing(model, kind, seed, options)
@@ -83,7 +90,8 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
     """All variants that are not there yet, on one draw of facts."""
     chosen = REPORTED if options.split == "test" else tuple(VARIANTS)
     wanted = tuple(options.only.split(";")) if options.only else chosen
-    key = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
+    drawing = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
+    key = {"base": options.base} | drawing
     there = {one["variant"] for one in lines(RUNS) if key.items() <= one.items()}
     missing = [name for name in wanted if name not in there]
     if not missing:
@@ -93,7 +101,12 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
     planted = kind not in ("atlas", "known-counterfact")
     others = other_questions(edits)
     found = scored(
-        model, edits, chosen_methods, planted=planted, also=lambda: {"spill": spill(model, others)}
+        model,
+        edits,
+        chosen_methods,
+        planted=planted,
+        exact=options.exact,
+        also=lambda: {"spill": spill(model, others)},
     )
     asked = [one.prompt for one in questions(edits) if one.role in ROLES]
     for name, method, one in zip(missing, chosen_methods, found, strict=True):
@@ -158,17 +171,17 @@ def spill(model: Model, asked: Sequence[tuple[str, str]]) -> float:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per split, kind and number of facts: a row a variant, with the spread over seeds."""
+    """Per model, split, kind and number of facts: a row a variant, with the spread over seeds."""
     tables = []
-    for split, kind, facts in dict.fromkeys((r["split"], r["kind"], r["facts"]) for r in runs):
-        here = [r for r in runs if (r["split"], r["kind"], r["facts"]) == (split, kind, facts)]
+    for drawing in dict.fromkeys(tuple(one[name] for name in DRAWING) for one in runs):
+        here = [one for one in runs if tuple(one[name] for name in DRAWING) == drawing]
         plain = {one["seed"]: one["seconds"] for one in here if one["variant"] == "full-ft"}
         rows = [
             row(name, [one for one in here if one["variant"] == name], plain)
             for name in VARIANTS
             if any(one["variant"] == name for one in here)
         ]
-        tables.append({"split": split, "kind": kind, "facts": facts, "rows": rows})
+        tables.append(dict(zip(DRAWING, drawing, strict=True)) | {"rows": rows})
     return tables
 
 
@@ -177,11 +190,16 @@ def row(name: str, runs: Sequence[Mapping[str, Any]], plain: Mapping[int, float]
     ``full-ft`` by seed; a run is held against that of the same draw."""
     means = [harmonic(one["token"]) for one in runs]
     spilt = [one["spill"] for one in runs if "spill" in one]
+    exact = [one["exact"] for one in runs if "exact" in one]
     times = [one["seconds"] / plain[one["seed"]] for one in runs if one["seed"] in plain]
     return {
         "variant": name,
         "seeds": len(runs),
         **{role: statistics.mean(one["token"][role] for one in runs) for role in ROLES},
+        "exact": {role: statistics.mean(one[role] for one in exact) for role in ROLES}
+        if exact
+        else None,
+        "exact_seeds": len(exact),
         "harmonic_mean": statistics.mean(means),
         "lowest": min(means),
         "highest": max(means),

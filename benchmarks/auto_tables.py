@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks import second_model
+from benchmarks.auto_study import BASES
 from benchmarks.measure import measured
 from benchmarks.planted_study import ROLES
 
@@ -23,13 +25,15 @@ def blocks() -> dict[str, list[str]]:
     sequence = measured("auto_sequence")
     return {
         **{f"auto, {split}": lines(tables, split) for split in ("test", "development")},
+        "auto, second": lines(tables, "test", second_model.NAME),
+        "auto, exact": exact_lines(tables),
         "auto, sequence": [MISSING] if sequence is None else sequence_lines(sequence["rows"]),
     }
 
 
-def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
-    """One table over all kinds of facts of a split."""
-    chosen = [one for one in tables if one["split"] == split]
+def lines(tables: list[dict[str, Any]], split: str, base: str = BASES[0]) -> list[str]:
+    """One table over all kinds of facts of a split, of one model."""
+    chosen = [one for one in tables if (one["split"], one["base"]) == (split, base)]
     if not chosen:
         return [MISSING]
     found = [
@@ -56,6 +60,25 @@ def lines(tables: list[dict[str, Any]], split: str) -> list[str]:
             )
             found.append(f"| {' | '.join(cells)} |")
     return found
+
+
+def exact_lines(tables: list[dict[str, Any]]) -> list[str]:
+    """What the model says by itself, where that was scored."""
+    found = [
+        "| facts | method | seeds | reliability | generality | locality | old recall |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for table in tables:
+        for one in table["rows"]:
+            if one["exact"] and (table["split"], table["base"]) == ("test", BASES[0]):
+                cells = (
+                    f"{table['facts']} {KINDS[table['kind']]}",
+                    one["variant"],
+                    str(one["exact_seeds"]),
+                    *(f"{100 * one['exact'][role]:.1f}" for role in ROLES),
+                )
+                found.append(f"| {' | '.join(cells)} |")
+    return found if len(found) > 2 else [MISSING]
 
 
 def sequence_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -24,7 +24,7 @@ from unwrite import Edit, load, methods, read_edits
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.probes import run
 from unwrite.model import Model
-from unwrite.observe import neutral_text, perplexity, questions, settle
+from unwrite.observe import neutral_text, observe, perplexity, questions, settle
 from unwrite.scores import score
 from unwrite.training import Pair
 
@@ -129,27 +129,31 @@ def scored(
     chosen: Sequence[Any],
     *,
     planted: bool,
+    exact: bool = False,
     also: Callable[[], dict[str, Any]] = dict,
 ) -> Iterator[dict[str, Any]]:
-    """What each method does to the facts, token form; ``planted``: their old answers are taught
-    first. ``also`` is asked for more fields while the model is changed."""
+    """What each method does to the facts, in token form and with ``exact`` in the exact form too;
+    ``planted``: their old answers are taught first. ``also`` is asked for more fields while the
+    model is changed."""
+    asked = observe if exact else forced
     start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in facts]).delta.in_memory()
     if not planted:
         start = 0.0 * start
     text = neutral_text(600)
     with model.shifted(start):
         probes = [one for one in settle(model, questions(facts)) if one.role in ROLES]
-        before, read = forced(model, probes), perplexity(model, text)
+        before, read = asked(model, probes), perplexity(model, text)
         for method in chosen:
             started = time.perf_counter()
             delta = method.delta(model, facts)
             seconds = time.perf_counter() - started
             with model.shifted(delta):
-                scores = score(before, forced(model, probes))
+                scores = score(before, asked(model, probes))
                 ratio = perplexity(model, text) / read
                 more = also()
             yield {
                 "token": {role: scores[role].token for role in ROLES},
+                **({"exact": {role: scores[role].exact for role in ROLES}} if exact else {}),
                 "n": {role: scores[role].n for role in ROLES},
                 "perplexity_ratio": ratio,
                 "seconds": seconds,

@@ -25,7 +25,7 @@ def options(tmp_path, monkeypatch, worlds):
         "auto": {"method": "auto", "write": "false", "own_prompts": "0", "epochs": "2"},
     }
     monkeypatch.setattr(auto_study, "VARIANTS", variants)
-    return Namespace(split="development", facts=3, only=None)
+    return Namespace(base="smollm2-135m", split="development", facts=3, only=None, exact=True)
 
 
 def test_finished_runs_are_not_repeated(options, worlds):
@@ -45,6 +45,11 @@ def test_finished_runs_are_not_repeated(options, worlds):
     assert len(lines) == 2 + 2
     assert lines[2].endswith("| x 1.0 |")
     assert auto_tables.lines([table], "test") == ["*Not measured yet.*"]
+    assert auto_tables.lines([table], "development", "gemma-3-270m") == ["*Not measured yet.*"]
+    assert [run["exact"].keys() == run["token"].keys() for run in runs] == [True, True]
+    exact = auto_tables.exact_lines([table | {"split": "test"}])
+    assert exact[2].startswith("| 3 CounterFact, planted | full-ft | 1 | ")
+    assert auto_tables.exact_lines([table]) == ["*Not measured yet.*"]
 
 
 def test_a_row_is_the_mean_over_seeds_with_its_spread():
