@@ -27,6 +27,7 @@ from unwrite.errors import (
     UnwriteError,
 )
 from unwrite.files import read_jsonl
+from unwrite.ledger import Ledger
 from unwrite.progress import Bytes, Silent
 from unwrite.weights import Weights, fingerprint
 
@@ -125,6 +126,20 @@ def test_later_updates_are_asked_again_on_the_new_state(three, tmp_path):
     assert list(undone.later) == later
     _, after = home.evaluate(world.edits[10:12])
     assert undone.later[later[0]].token == after["reliability"].token
+
+
+def test_an_undo_reads_the_history_once(three, tmp_path, monkeypatch):
+    home = copied(three[0], tmp_path)
+    update = home.ledger.live()[1]
+    read, plain = [], Ledger.open.__func__
+
+    def counted(cls, path):
+        read.append(path)
+        return plain(cls, path)
+
+    monkeypatch.setattr(Ledger, "open", classmethod(counted))
+    home.undo(update, recheck=False)
+    assert read == [home.folder / "ledger.jsonl"]
 
 
 def test_an_undone_update_cannot_be_undone_again(three, tmp_path, snapshot):

@@ -201,13 +201,14 @@ class Home:
             self._held = live
         return self._model
 
-    def deltas(self, live: Sequence[str]) -> list[Delta]:
+    def deltas(self, live: Sequence[str], ledger: Ledger | None = None) -> list[Delta]:
         """The deltas of updates, opened, each checked to belong to this base.
 
         A tensor that is read for the first time is compared with the hash it was saved with.
-        Raises ``DamagedFile``: nothing is answered, measured or committed on damaged weights.
+        ``ledger``: where it was just read. Raises ``DamagedFile``: nothing is answered, measured or
+        committed on damaged weights.
         """
-        opened, ledger = [], self.ledger
+        opened, ledger = [], ledger or self.ledger
         for update in live:
             if self._candidate is not None and update == self._candidate.id:
                 opened.append(self._candidate.delta)
@@ -219,17 +220,18 @@ class Home:
             opened.append(delta)
         return opened
 
-    def _parts(self, live: Sequence[str]) -> list[Delta]:
+    def _parts(self, live: Sequence[str], ledger: Ledger | None = None) -> list[Delta]:
         """What adds up to a state: the deltas of its updates, or the stored sum of the first of
         them (see ``compact``) and the deltas of the others."""
+        ledger = ledger or self.ledger
         total = compaction.stored(self.folder, self.base)
-        count = 0 if total is None else compaction.covered(total, self.ledger, live)
+        count = 0 if total is None else compaction.covered(total, ledger, live)
         if total is None or not count:
-            return self.deltas(live)
+            return self.deltas(live, ledger)
         if (name := _sum_up_to(live[count - 1])) not in self._sound_sums:
             compaction.check(total, self.folder)
             self._sound_sums.add(name)
-        return [total, *self.deltas(live[count:])]
+        return [total, *self.deltas(live[count:], ledger)]
 
     # ---- update ------------------------------------------------------------------------------
 
@@ -480,16 +482,19 @@ class Home:
                 f"{entry['id']} cannot be done once more: {error} Install what it was made with."
             ) from None
 
-    def _sweep(self) -> None:
-        """Finish or remove what a killed process left behind. Only under the write lock."""
+    def _sweep(self) -> Ledger:
+        """Finish or remove what a killed process left behind; the ledger that says what that is.
+        Only under the write lock."""
         _remove_temporaries(self.folder)
         self._sweep_scratch()
-        committed = self.ledger.applied
+        ledger = self.ledger
+        committed = ledger.applied
         for folder in (self.folder / UPDATES).glob("*"):
             if folder.name in committed:
                 (folder / PARTIAL).unlink(missing_ok=True)
             elif _is_leftover(folder):
                 _remove(folder)
+        return ledger
 
     def _sweep_scratch(self) -> None:
         """Remove what killed exports, reports and trainings left behind; needs no lock."""
@@ -510,23 +515,24 @@ class Home:
         """
         record.check_text(why, "why")
         with speaking_of_disk(f"undo in {self.folder}"), only_writer(self.folder):
-            self._sweep()
-            ledger = self.ledger
+            ledger = self._sweep()
             ledger.entry(update)
             live = ledger.live()
             if update not in live:
                 raise HomeError(f"The update {update} is undone already.")
             left = [one for one in live if one != update]
-            fingerprint = self.fingerprint(left)
+            fingerprint = self.fingerprint(left, ledger)
             later = left[live.index(update) :] if recheck else []
             checked = {one: self._reliability(ledger.entry(one), left) for one in later}
             with _uninterrupted():
                 ledger.append(record.revert_entry(update, why, fingerprint))
         return Undone(update, fingerprint, tuple(left), checked)
 
-    def fingerprint(self, live: Sequence[str]) -> str:
-        """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it."""
-        return self.base.fingerprint_with(self.source.folder, self._parts(live), self.progress)
+    def fingerprint(self, live: Sequence[str], ledger: Ledger | None = None) -> str:
+        """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it.
+        ``ledger``: where it was just read."""
+        parts = self._parts(live, ledger)
+        return self.base.fingerprint_with(self.source.folder, parts, self.progress)
 
     def _reliability(self, entry: Entry, live: Sequence[str]) -> Score:
         """How the state with ``live`` updates answers the edits of one of them."""
@@ -541,9 +547,8 @@ class Home:
         grow with the number of updates. History and updates stay as they are (see the module
         ``compaction``)."""
         with speaking_of_disk(f"compact {self.folder}"), only_writer(self.folder):
-            self._sweep()
-            ledger = self.ledger
-            deltas = self.deltas(ledger.live())
+            ledger = self._sweep()
+            deltas = self.deltas(ledger.live(), ledger)
             source = self.source.folder
             return compaction.compact(self.folder, self.base, source, ledger, deltas, self.progress)
 
