@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import second_model
+from benchmarks.auto_ingredients import INGREDIENTS
 from benchmarks.full_ft_defaults import sample
 from benchmarks.measure import RESULTS, add_line, lines, write
 from benchmarks.method_defaults import harmonic, scored
@@ -58,7 +59,18 @@ VARIANTS: dict[str, dict[str, str]] = {
         "train": "always",
     },
     "fast, the least that suffices": {"method": "auto", "budget": "fast", "least": "true"},
+    "full-ft behind sentences": {"method": "full-ft", "contexts": "8"},
+    "full-ft, protected": {
+        "method": "full-ft",
+        "neighbours": "2",
+        "own_prompts": "200",
+        "protect_weight": "10",
+    },
+    "loc-ft": {"method": "loc-ft"},
+    "f-learning": {"method": "f-learning"},
+    "delicate": {"method": "delicate"},
 }
+NAMES = (*VARIANTS, *INGREDIENTS)
 REPORTED = ("full-ft", "memit", "auto, fast", "auto")
 BASES = ("smollm2-135m", second_model.NAME)
 DRAWING = ("base", "split", "kind", "facts")  # what stands in one table
@@ -88,7 +100,7 @@ def main() -> None:
 
 def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace) -> None:
     """All variants that are not there yet, on one draw of facts."""
-    chosen = REPORTED if options.split == "test" else tuple(VARIANTS)
+    chosen = REPORTED if options.split == "test" else NAMES
     wanted = tuple(options.only.split(";")) if options.only else chosen
     drawing = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
     key = {"base": options.base} | drawing
@@ -116,6 +128,8 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
 
 def built(name: str, seed: int) -> Any:
     """The method of a variant."""
+    if name in INGREDIENTS:
+        return methods.replaced(INGREDIENTS[name], "seed", seed)[0]
     settings = dict(VARIANTS[name])
     return methods.replaced(methods.build(settings.pop("method"), settings), "seed", seed)[0]
 
@@ -178,7 +192,7 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         plain = {one["seed"]: one["seconds"] for one in here if one["variant"] == "full-ft"}
         rows = [
             row(name, [one for one in here if one["variant"] == name], plain)
-            for name in VARIANTS
+            for name in NAMES
             if any(one["variant"] == name for one in here)
         ]
         tables.append(dict(zip(DRAWING, drawing, strict=True)) | {"rows": rows})

@@ -5,9 +5,10 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+import torch
 
 import unwrite
-from benchmarks import auto_sequence, auto_study, auto_tables, method_defaults
+from benchmarks import auto_ingredients, auto_sequence, auto_study, auto_tables, method_defaults
 from benchmarks.planted_study import rows_of
 from unwrite import Edit, FullFT
 from unwrite.edits import Probe, write_edits
@@ -25,6 +26,7 @@ def options(tmp_path, monkeypatch, worlds):
         "auto": {"method": "auto", "write": "false", "own_prompts": "0", "epochs": "2"},
     }
     monkeypatch.setattr(auto_study, "VARIANTS", variants)
+    monkeypatch.setattr(auto_study, "NAMES", tuple(variants))
     return Namespace(base="smollm2-135m", split="development", facts=3, only=None, exact=True)
 
 
@@ -132,3 +134,47 @@ def test_a_sequence_tells_what_is_left_of_earlier_updates(tmp_path, monkeypatch,
     assert row["retained"] == second["reliability_by_chunk"][0]["token"]
     assert row["perplexity_ratio"] == second["perplexity"] / whole["perplexity"]["before"]
     assert auto_tables.sequence_lines([row])[2].startswith("| full-ft | 2 | ")
+
+
+def trained_auto(**settings):
+    return Auto(write=False, own_prompts=0, neighbours=0, epochs=2, **settings)
+
+
+def test_nothing_forgotten_first_is_auto_alone(worlds):
+    model, edits = unwrite.load(worlds().folder), worlds().edits[:3]
+    alone = trained_auto().delta(model, edits)
+    before = auto_ingredients.ForgetFirst(strength=0.0, then=trained_auto())
+    after = auto_ingredients.ForgetFirst(strength=0.3, then=trained_auto())
+    assert same(before.delta(model, edits), alone)
+    assert not same(after.delta(model, edits), alone)
+
+
+def test_what_is_in_conflict_is_a_part_of_what_auto_changes(worlds):
+    model, edits = unwrite.load(worlds().folder), worlds().edits[:3]
+    whole = trained_auto().delta(model, edits)
+    part = auto_ingredients.InConflict(of=trained_auto()).delta(model, edits)
+    kept = 0
+    for name in part:
+        values = part[name].dense()
+        inside = values != 0
+        kept += int(inside.sum())
+        assert torch.equal(values[inside], whole[name].dense()[inside])
+    assert 0 < kept < sum(one.size for one in whole.facts().values())
+
+
+def test_a_mean_over_one_seed_is_that_seed(worlds):
+    model, edits = unwrite.load(worlds().folder), worlds().edits[:3]
+    one = trained_auto(seed=0).delta(model, edits)
+    mean = auto_ingredients.MeanOfSeeds(seeds=1, of=trained_auto())
+    assert same(mean.delta(model, edits), one)
+    other = trained_auto(seed=1000).delta(model, edits)
+    both = auto_ingredients.MeanOfSeeds(seeds=2, of=trained_auto()).delta(model, edits)
+    for name in both:
+        expected = (one[name].dense() + other[name].dense()) / 2
+        torch.testing.assert_close(both[name].dense(), expected)
+
+
+def same(one, other):
+    return set(one) == set(other) and all(
+        torch.equal(one[name].dense(), other[name].dense()) for name in one
+    )

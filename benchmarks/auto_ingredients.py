@@ -1,0 +1,73 @@
+"""Ingredients of the papers that are no option of ``auto``, put around it for ``auto_study``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+from unwrite import Edit
+from unwrite.delta import Delta
+from unwrite.methods.auto import Auto
+from unwrite.methods.full_ft import FullFT
+from unwrite.methods.probes import answers, run
+from unwrite.model import Model
+from unwrite.selection import select
+
+
+@dataclass(frozen=True)
+class ForgetFirst:
+    """F-Learning's first step, then ``auto``: its strength, its epochs."""
+
+    strength: float = 0.3
+    forget: FullFT = field(default_factory=lambda: FullFT(epochs=3, until="epochs"))
+    then: Auto = field(default_factory=lambda: Auto(budget="fast"))
+
+    name: ClassVar[str] = "forget-first"
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        old = run(self.forget, model, answers(model, edits, "data").old).delta
+        forgotten = (-self.strength * old).in_memory()
+        with model.shifted(forgotten):
+            rest = self.then.delta(model, edits)
+        return (forgotten + rest).in_memory()
+
+
+@dataclass(frozen=True)
+class InConflict:
+    """Of what ``auto`` changes, what contradicts a fine-tune on the old answers: Delicate's filter,
+    everything in conflict kept, one round."""
+
+    probe: FullFT = field(default_factory=lambda: FullFT(epochs=3, until="epochs"))
+    of: Auto = field(default_factory=lambda: Auto(budget="fast"))
+
+    name: ClassVar[str] = "in-conflict"
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        old = run(self.probe, model, answers(model, edits, "data").old).delta.in_memory()
+        new = self.of.delta(model, edits)
+        return select(old, new, top=1.0).delta.in_memory()
+
+
+@dataclass(frozen=True)
+class MeanOfSeeds:
+    """The mean of what ``auto`` changes under several seeds."""
+
+    seeds: int = 3
+    of: Auto = field(default_factory=lambda: Auto(budget="fast"))
+
+    name: ClassVar[str] = "mean-of-seeds"
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        total = Delta.nothing()
+        for number in range(self.seeds):
+            again = replace(self.of, seed=self.of.seed + 1000 * number)
+            total = (total + 1 / self.seeds * again.delta(model, edits)).in_memory()
+        return total
+
+
+INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds] = {
+    "fast, forgetting first": ForgetFirst(),
+    "fast, only what is in conflict": InConflict(),
+    "fast, mean of three seeds": MeanOfSeeds(),
+}
