@@ -27,6 +27,7 @@ def blocks() -> dict[str, list[str]]:
         **{f"auto, {split}": lines(tables, split) for split in ("test", "development")},
         "auto, second": lines(tables, "test", second_model.NAME),
         "auto, exact": exact_lines(tables),
+        "auto, bystanders": bystander_lines(measured("moved_bystanders")),
         "auto, sequence": [MISSING] if sequence is None else sequence_lines(sequence["rows"]),
     }
 
@@ -83,6 +84,28 @@ def exact_lines(tables: list[dict[str, Any]]) -> list[str]:
                 )
                 found.append(f"| {' | '.join(cells)} |")
     return found if len(found) > 2 else [MISSING]
+
+
+def bystander_lines(result: dict[str, Any] | None) -> list[str]:
+    """Quarters of the bystanders by how sure the model was, and what stays of each."""
+    if result is None:
+        return [MISSING]
+    names = list(result["tables"][0]["quarters"][0]["stayed"])
+    found = [
+        f"| facts | quarter | lead | {' | '.join(names)} |",
+        f"| --- | --- | --- |{' --- |' * len(names)}",
+    ]
+    for table in result["tables"]:
+        for number, quarter in enumerate(table["quarters"], start=1):
+            cells = (
+                f"{table['facts']} {KINDS[table['kind']]}, {table['bystanders']} bystanders of "
+                f"{table['seeds']} draws",
+                str(number),
+                f"{quarter['lead']:.2f}",
+                *(f"{100 * quarter['stayed'][name]:.1f}" for name in names),
+            )
+            found.append(f"| {' | '.join(cells)} |")
+    return found
 
 
 def sequence_lines(rows: list[dict[str, Any]]) -> list[str]:

@@ -121,6 +121,19 @@ def test_edits_without_a_subject_are_trained(model, method):
     assert delta.provenance["notes"]["check"]["neighbours_kept"] is None
 
 
+def test_where_nothing_can_be_written_all_is_trained(worlds, method):
+    model = unwrite.load(worlds("gemma2").folder)
+    delta = method.delta(model, EDITS)
+    notes = delta.provenance["notes"]
+    assert "a norm stands between" in notes["sentences"][0]
+    assert notes["epochs_trained"] > 0
+    assert f"of at most {max(auto.ALONE, auto.BUDGETS['fast'].epochs)} ep" in notes["sentences"][1]
+    few = replace(method, epochs=1).delta(model, EDITS).provenance["notes"]
+    assert "of at most 1 ep" in few["sentences"][1]
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(EDITS))) == notes["learned"]
+
+
 def test_some_without_a_subject_are_named_beside_those_that_are_written(model, method):
     mixed = [EDITS[0], replace(EDITS[1], subject=None)]
     said = method.delta(model, mixed).provenance["notes"]["sentences"]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import unwrite
-from benchmarks import method_defaults, moved_bystanders
+from benchmarks import auto_tables, method_defaults, moved_bystanders
 from unwrite import FullFT
 from unwrite.model import pad
 from unwrite.observe import questions
@@ -59,3 +59,7 @@ def test_quarters_go_from_the_least_sure_to_the_surest():
     assert [one["stayed"]["auto"] for one in table["quarters"]] == [0, 1, 1, 1]
     medians = [one["lead"] for one in table["quarters"]]
     assert medians == pytest.approx([0.45, 1.45, 2.45, 3.45])
+    lines = auto_tables.bystander_lines({"tables": [table]})
+    assert lines[2].startswith("| 5 atlas, known to the model, 40 bystanders of 2 draws | 1 | 0.45")
+    assert lines[2].endswith("| 0.0 |") and lines[-1].endswith("| 100.0 |")
+    assert auto_tables.bystander_lines(None) == ["*Not measured yet.*"]

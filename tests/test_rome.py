@@ -8,9 +8,10 @@ import pytest
 import torch
 from architectures import ARCHITECTURES
 
-from unwrite.activations import mention, mentions, states, weight_name
+from unwrite import methods
+from unwrite.activations import arriving, mention, mentions, states, weight_name
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, BadSetting, TrainingFailed
+from unwrite.errors import BadEdits, BadSetting, NotWritable, TrainingFailed
 from unwrite.methods.alpha_edit import AlphaEdit, free_directions
 from unwrite.methods.loc_ft import LocFT
 from unwrite.methods.memit import MEMIT, solve
@@ -184,6 +185,40 @@ def test_identity_covariance_is_the_closed_form_of_a_linear_memory(llama):
 
 
 # ---- MEMIT ---------------------------------------------------------------------------------------
+
+
+def test_blocks_that_add_what_their_mlps_give_say_so(model):
+    assert [arriving(model, layer, mention(model, EDITS[0])) for layer in (0, 1)] == [1.0, 1.0]
+
+
+def test_blocks_that_multiply_it_are_written_into_as_far(worlds):
+    """Granite scales what its MLPs give; the gap closes as if it did not."""
+    model = Model.load(worlds("granite").folder)
+    method = MEMIT(layers=(0, 1), clamp=4.0, lr=0.5, preserve=1e-6, **PLAIN)
+    for layer in model.network.model.layers:
+        layer.residual_multiplier = 0.25
+    place = mention(model, EDITS[0])
+    assert arriving(model, 0, place) == pytest.approx(0.25, rel=1e-4)
+    gap = method.delta(model, EDITS).provenance["notes"]["gap"]
+    assert gap[2] < 0.1  # the last layer closes all that is left; a quarter of that, uncorrected
+
+
+@pytest.mark.parametrize("name", ["memit", "alpha-edit"])
+def test_a_norm_behind_the_mlps_is_refused(worlds, monkeypatch, corpus, name):
+    """Found on Gemma 3, whose language 42 facts destroyed."""
+    monkeypatch.setattr("unwrite.methods.memit.find_values", None)  # refused before any search
+    model = Model.load(worlds("gemma2").folder)
+    assert arriving(model, 0, mention(model, EDITS[0])) is None
+    method = methods.build(name, {"layers": "0,1", "corpus": str(corpus)})
+    with pytest.raises(NotWritable, match=r"\(block 0\).*full-ft, or rome"):
+        method.delta(model, EDITS)
+
+
+def test_rome_seeks_its_value_before_that_norm(worlds):
+    model = Model.load(worlds("gemma2").folder)
+    delta = ROME(layer=0, clamp=4.0, lr=0.5, **PLAIN).delta(model, EDITS[:1])
+    with model.shifted(delta):
+        assert model.answer(EDITS[0].prompt).startswith(EDITS[0].new)
 
 
 def test_the_gap_falls_layer_by_layer(model):

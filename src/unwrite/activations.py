@@ -28,6 +28,7 @@ from unwrite.model import Model, head_sees, length_batches
 FAULTS_SHOWN = 20
 # Kinds of layers whose past is fully told by keys and values, so that it can be computed once.
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+AS_GIVEN = 0.05  # relative error up to which a response is a multiple of what was given (bf16)
 
 Side = Literal["in", "out"]
 Site = tuple[str, Side]  # a module by name, and whether its input or its output is meant
@@ -196,6 +197,59 @@ def states(model: Model, places: Sequence[Mention], sites: Sequence[Site]) -> li
         with watching(model, sites, keep), leaving_after(model, last_block):
             model.network(input_ids=ids.to(model.device), use_cache=False)
     return [tensor for tensor in found if tensor is not None]
+
+
+@torch.no_grad()
+def arriving(model: Model, layer: int, place: Mention) -> float | None:
+    """By how much the output of a block moves when that of its MLP's projection is moved by one.
+
+    1 where blocks add it as it is, or the factor by which they multiply it (Granite). None where
+    the one does not follow the other in proportion, because a norm stands between (Gemma 2 and 3,
+    OPT-350m): what is written there does not arrive as it was meant. Found by moving it at a place,
+    by what the block gives there and by twice as much: two passes beside that of the state as it
+    is, up to the block.
+    """
+    still = _block_output(model, layer, place, None)
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(still.shape, generator=draw)
+    given *= still.norm() / given.norm()
+    moved = [(_block_output(model, layer, place, n * given) - still) / n for n in (1, 2)]
+    share = float(moved[0] @ given / (given @ given))
+    off = max(float((one - share * given).norm() / given.norm()) for one in moved)
+    if not off <= AS_GIVEN * abs(share):  # a not-a-number is off as well
+        return None
+    return 1.0 if abs(share - 1) <= AS_GIVEN else share
+
+
+def _block_output(
+    model: Model, layer: int, place: Mention, push: torch.Tensor | None
+) -> torch.Tensor:
+    """What a block gives at a place, fp32 (width,) on the CPU, with ``push`` (width,) added to the
+    output of its MLP's projection there."""
+    seen: list[torch.Tensor] = []
+
+    def add(_module: Any, _inputs: Any, output: Any) -> Any:
+        if push is None:
+            return output
+        hidden = in_rows(hidden_of(output), 1).clone()
+        hidden[:, -1] += push.to(hidden)
+        return with_hidden(output, hidden)
+
+    def keep(_number: int, hidden: torch.Tensor) -> None:
+        seen.append(in_rows(hidden, 1)[0, -1].float().cpu())
+
+    ids = torch.tensor([place.ids[: place.last + 1]], device=model.device)
+    projection = model.network.get_submodule(model.anatomy.mlp_out[layer])
+    handle = projection.register_forward_hook(add)
+    try:
+        with (
+            watching(model, [(model.anatomy.blocks[layer], "out")], keep),
+            leaving_after(model, layer),
+        ):
+            model.network(input_ids=ids, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 @contextlib.contextmanager

@@ -26,6 +26,10 @@ class BadSetting(UnwriteError):
     """A method, field or command-line value does not exist or has the wrong type."""
 
 
+class NotWritable(BadSetting):
+    """Facts cannot be written into this network the way the method does."""
+
+
 class ModelUnavailable(UnwriteError):
     """A model name does not lead to weights that can be read."""
 

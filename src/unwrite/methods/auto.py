@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from unwrite.delta import Delta
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, BadSetting, TrainingFailed
+from unwrite.errors import BadEdits, BadSetting, NotWritable, TrainingFailed
 from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
@@ -24,6 +24,7 @@ WRITINGS = 3  # at most, each of what the one before left undone
 CHECKED = 2  # made-up neighbours of every edit that nothing protects, for the check
 QUESTIONS = 3  # other questions about every subject, for the check
 WORDS_READ = 600  # of the neutral text, for the check
+ALONE = 12  # epochs of training at least, unless told otherwise, where nothing could be written
 
 
 class _Budget(NamedTuple):
@@ -56,8 +57,9 @@ class Auto:
        weights are trained (``FullFT``) from there until they are, with the model's answers *before
        the update* to ``protect``, to made-up neighbours and to prompts of its own held fast:
        training learns what could not be written and is the whole method where no edit has a
-       subject. Where nothing is wanting it would only move bystanders (``train="always"`` trains
-       all the same).
+       subject, or the network adds up otherwise (Gemma 2 and 3; then it may take ``ALONE`` epochs
+       under any budget). Where nothing is wanting it would only move bystanders
+       (``train="always"`` trains all the same).
     3. A delta is linear: of the strengths 0.5 to 1 the least is taken at which every new answer
        still holds that holds at 1, bare and behind neutral sentences that nothing was taught
        behind.
@@ -165,10 +167,12 @@ class Auto:
         if self.train == "needed" and len(total) and check.nothing_wants(model, edits, total):
             said.append("Every new answer is right as it was written, so nothing was trained.")
             notes |= {"epochs_trained": 0, "learned": True}
-        elif self._tuner is not None:
-            trained = self._tuner.train(model, new_pairs(edits), start=total)
+        elif (tuner := self._tuner) is not None:
+            if self.write and not len(total) and self.epochs is None:
+                tuner = replace(tuner, epochs=max(ALONE, tuner.epochs))
+            trained = tuner.train(model, new_pairs(edits), start=total)
             total = total + trained.delta
-            said.append(_told(trained, self._tuner))
+            said.append(_told(trained, tuner))
             notes |= {"epochs_trained": trained.epochs, "learned": trained.learned}
         elif not len(total):
             raise TrainingFailed(f"{said[0]} With epochs=0 nothing is trained: leave that out.")
@@ -202,7 +206,7 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
         try:
             with model.shifted(total):
                 written = writer.delta(model, missing).in_memory()
-        except TrainingFailed as error:  # not one of them could be written: they are trained
+        except (TrainingFailed, NotWritable) as error:  # not one can be written: they are trained
             sentences += [] if number else [str(error)]
             break
         total = (total + written).in_memory()

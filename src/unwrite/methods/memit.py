@@ -13,6 +13,7 @@ import torch
 from unwrite.activations import (
     Mention,
     Site,
+    arriving,
     layer_of,
     mention,
     oriented,
@@ -21,7 +22,7 @@ from unwrite.activations import (
 )
 from unwrite.delta import Delta
 from unwrite.edits import Edit
-from unwrite.errors import BadEdits, BadSetting
+from unwrite.errors import BadEdits, BadSetting, NotWritable
 from unwrite.model import Model
 from unwrite.moments import Metric, Statistics, metrics
 from unwrite.neighbours import made_up
@@ -78,7 +79,8 @@ class MEMIT(Search, Statistics):
 
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """One low-rank change a layer. Raises ``BadEdits`` for edits without one clear subject,
-        ``TrainingFailed`` when no value is found for any."""
+        ``TrainingFailed`` when no value is found for any, ``NotWritable`` for a network whose
+        blocks do not add what their MLPs give."""
         texts = self.mentions(model, edits, self.seed)
         layers = layers_of(model, edits, self.layers)
 
@@ -133,11 +135,13 @@ def spread(
 ) -> Delta:
     """Seek the edits' values at the last layer and close the gap to them layer by layer.
 
+    Raises ``NotWritable`` for a network whose blocks do not add what their MLPs give.
     ``readers`` makes a `Reader` a layer (from the edits' keys there, if it asks for them) and a
     record for the notes. The
     notes hold, under ``gap``, the mean distance to the values before and after every layer, as a
     share of the first.
     """
+    shares = _arriving(model, layers, texts[0][0])
     values = find_values(model, edits, texts, layers[-1], "block", search)
     left_out = unfound(edits, values)
     say_left_out(model, edits, left_out)
@@ -165,21 +169,34 @@ def spread(
             (now,) = states(model, bare, [top])
         gap = (chosen.values - now).double()
         gaps.append(float(gap.norm(dim=1).mean()))
-        share = gap / (len(layers) - number)
+        share = gap / (len(layers) - number) / shares[number]
         change = oriented(model, module, share.T, solve(keys_of(rows)))
         total = total + Delta.from_changes({weight_name(model, module): change})
     with model.shifted(total):
         (now,) = states(model, bare, [top])
     gaps.append(float((chosen.values - now).norm(dim=1).mean()))
-    shares = [round(gap / gaps[0], 4) if gaps[0] else 0.0 for gap in gaps]
+    open_still = [round(gap / gaps[0], 4) if gaps[0] else 0.0 for gap in gaps]
     about = notes(record, left_out, "all at once", layers, len(edits))
     about["sentences"].append(
-        f"{100 * (1 - shares[-1]):.0f} % of the way to the values sought was closed; a smaller "
+        f"{100 * (1 - open_still[-1]):.0f} % of the way to the values sought was closed; a smaller "
         "weight for everything else closes more."
     )
     return Delta.from_changes(
-        {name: total[name] for name in total}, {"notes": about | {"gap": shares}}
+        {name: total[name] for name in total}, {"notes": about | {"gap": open_still}}
     )
+
+
+def _arriving(model: Model, layers: Sequence[int], place: Mention) -> list[float]:
+    """``arriving`` for every layer. Raises ``NotWritable`` where it is unknown."""
+    shares = [arriving(model, layer, place) for layer in layers]
+    if None in shares:
+        raise NotWritable(
+            f"In this model a norm stands between an MLP and what its block gives (block "
+            f"{layers[shares.index(None)]}), so what is written there does not arrive as it was "
+            "meant. Use a method that trains, such as full-ft, or rome, which seeks its value "
+            "before the norm."
+        )
+    return [share for share in shares if share is not None]
 
 
 def solve(gram: torch.Tensor, read: torch.Tensor, weight: float) -> torch.Tensor:
