@@ -189,9 +189,8 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     tables = []
     for drawing in dict.fromkeys(tuple(one[name] for name in DRAWING) for one in runs):
         here = [one for one in runs if tuple(one[name] for name in DRAWING) == drawing]
-        plain = {one["seed"]: one["seconds"] for one in here if one["variant"] == "full-ft"}
         rows = [
-            row(name, [one for one in here if one["variant"] == name], plain)
+            row(name, [one for one in here if one["variant"] == name])
             for name in NAMES
             if any(one["variant"] == name for one in here)
         ]
@@ -199,13 +198,11 @@ def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return tables
 
 
-def row(name: str, runs: Sequence[Mapping[str, Any]], plain: Mapping[int, float]) -> dict[str, Any]:
-    """Means over seeds, and the least and greatest harmonic mean. ``plain``: the seconds of
-    ``full-ft`` by seed; a run is held against that of the same draw."""
+def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, and the least and greatest harmonic mean."""
     means = [harmonic(one["token"]) for one in runs]
     spilt = [one["spill"] for one in runs if "spill" in one]
     exact = [one["exact"] for one in runs if "exact" in one]
-    times = [one["seconds"] / plain[one["seed"]] for one in runs if one["seed"] in plain]
     return {
         "variant": name,
         "seeds": len(runs),
@@ -219,7 +216,6 @@ def row(name: str, runs: Sequence[Mapping[str, Any]], plain: Mapping[int, float]
         "highest": max(means),
         "perplexity_ratio": statistics.mean(one["perplexity_ratio"] for one in runs),
         "spill": statistics.mean(spilt) if spilt else None,
-        "seconds_over_plain": statistics.mean(times) if times else None,
         "protected_probes": sum(one["protected_probes"] for one in runs),
     }
 

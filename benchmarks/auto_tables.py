@@ -27,22 +27,22 @@ def blocks() -> dict[str, list[str]]:
         **{f"auto, {split}": lines(tables, split) for split in ("test", "development")},
         "auto, second": lines(tables, "test", second_model.NAME),
         "auto, exact": exact_lines(tables),
+        "auto, time": time_lines(measured("auto_time")),
         "auto, bystanders": bystander_lines(measured("moved_bystanders")),
         "auto, sequence": [MISSING] if sequence is None else sequence_lines(sequence["rows"]),
     }
 
 
 def lines(tables: list[dict[str, Any]], split: str, base: str = BASES[0]) -> list[str]:
-    """One table over all kinds of facts of a split, of one model. The runs of the development
-    split had company on the machine: no times are told."""
+    """One table over all kinds of facts of a split, of one model. These runs had company on the
+    machine: times are those of ``benchmarks.auto_time``."""
     chosen = [one for one in tables if (one["split"], one["base"]) == (split, base)]
     if not chosen:
         return [MISSING]
-    timed = split == "test" and base == BASES[0]
     found = [
         "| facts | method | seeds | reliability | generality | locality | old recall | "
-        f"harmonic mean | spill | perplexity |{' time |' * timed}",
-        f"| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |{' --- |' * timed}",
+        "harmonic mean | spill | perplexity |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for table in chosen:
         for one in table["rows"]:
@@ -60,9 +60,6 @@ def lines(tables: list[dict[str, Any]], split: str, base: str = BASES[0]) -> lis
                 "" if one["spill"] is None else f"{100 * one['spill']:.1f}",
                 f"x {one['perplexity_ratio']:.2f}",
             )
-            if timed:
-                ratio = one["seconds_over_plain"]
-                cells += (f"x {ratio:.1f}" if ratio else "",)
             found.append(f"| {' | '.join(cells)} |")
     return found
 
@@ -84,6 +81,22 @@ def exact_lines(tables: list[dict[str, Any]]) -> list[str]:
                 )
                 found.append(f"| {' | '.join(cells)} |")
     return found if len(found) > 2 else [MISSING]
+
+
+def time_lines(result: dict[str, Any] | None) -> list[str]:
+    """The budget ``fast`` against plain fine-tuning, a row a kind of facts."""
+    if result is None:
+        return [MISSING]
+    found = ["| facts | draws | time of fast against full-ft |", "| --- | --- | --- |"]
+    for one in result["rows"]:
+        spread = one["over_plain"]
+        cells = (
+            f"{one['facts']} {KINDS[one['kind']]}",
+            str(one["draws"]),
+            f"x {spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})",
+        )
+        found.append(f"| {' | '.join(cells)} |")
+    return found
 
 
 def bystander_lines(result: dict[str, Any] | None) -> list[str]:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import unwrite
-from benchmarks import auto_ingredients, auto_sequence, auto_study, auto_tables, method_defaults
+from benchmarks import (
+    auto_ingredients,
+    auto_sequence,
+    auto_study,
+    auto_tables,
+    auto_time,
+    method_defaults,
+)
 from benchmarks.planted_study import rows_of
 from unwrite import Edit, FullFT
 from unwrite.edits import Probe, write_edits
@@ -45,9 +52,6 @@ def test_finished_runs_are_not_repeated(options, worlds):
     assert [row["variant"] for row in table["rows"]] == ["full-ft", "auto"]
     lines = auto_tables.lines([table], "development")
     assert len(lines) == 2 + 2
-    assert not lines[2].endswith("| x 1.0 |")  # what ran beside other work tells no time
-    lines = auto_tables.lines([table | {"split": "test"}], "test")
-    assert lines[0].endswith("| time |") and lines[2].endswith("| x 1.0 |")
     assert auto_tables.lines([table], "test") == ["*Not measured yet.*"]
     assert auto_tables.lines([table], "development", "gemma-3-270m") == ["*Not measured yet.*"]
     assert [run["exact"].keys() == run["token"].keys() for run in runs] == [True, True]
@@ -62,14 +66,28 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
         rest = {"perplexity_ratio": 1.0, "seconds": 2.0, "protected_probes": 1}
         return {"seed": seed, "token": token, **rest}
 
-    # Seed 1 has no plain run to be held against.
-    row = auto_study.row("auto", [run(0, 1.0), run(1, 0.5)], {0: 0.5, 2: 9.0})
-    assert row["seconds_over_plain"] == 4.0
-    assert auto_study.row("auto", [run(1, 1.0)], {})["seconds_over_plain"] is None
+    row = auto_study.row("auto", [run(0, 1.0), run(1, 0.5)])
     assert (row["locality"], row["seeds"], row["protected_probes"]) == (0.75, 2, 2)
     assert (row["lowest"], row["highest"]) == (pytest.approx(0.75), 1.0)
     assert row["harmonic_mean"] == pytest.approx(0.875)
     assert json.loads(json.dumps(row)) == row
+
+
+def test_times_are_held_against_those_of_the_same_draw():
+    runs = [
+        {"kind": "atlas", "seed": 0, "seconds": {"full-ft": 1.0, "auto, fast": 2.0}},
+        {"kind": "atlas", "seed": 1, "seconds": {"full-ft": 2.0, "auto, fast": 8.0}},
+        {"kind": "zsre", "seed": 0, "seconds": {"full-ft": 4.0, "auto, fast": 4.0}},
+    ]
+    rows = auto_time.summary(runs)
+    assert [(one["kind"], one["draws"]) for one in rows] == [("atlas", 2), ("zsre", 1)]
+    assert rows[0]["over_plain"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+    shown = auto_tables.time_lines({"rows": rows})
+    assert shown[2:] == [
+        "| 50 atlas, known to the model | 2 | x 3.0 (2.0 to 4.0) |",
+        "| 100 zsRE, planted | 1 | x 1.0 (1.0 to 1.0) |",
+    ]
+    assert auto_tables.time_lines(None) == ["*Not measured yet.*"]
 
 
 def test_probes_that_are_protected_are_counted():
