@@ -8,10 +8,11 @@ of its own by a product of rank one (as ``rome`` does). The fifth is undone, the
 and its fingerprint checked; then its line is taken out of the ledger again for the next turn.
 
 The copy reads the touched tensors of the base checkpoint and writes them to a file. The floor is
-the bytes that a state is made of, the touched tensors of the base and all changes that are left,
-over the rate of copying memory that was measured in the same turn. The floor of checking is the
-time of hashing: changes are compared with the hash they were saved with, and the state gets one of
-its own, so as many bytes go through SHA-256; at the rate of two threads that read nothing.
+the bytes that the state is made of, the tensors of the base that any update left changes and all of
+their changes, over the rate of copying memory that was measured in the same turn. The floor of
+checking is the time of hashing: changes are compared with the hash they were saved with, and the
+state gets one of its own, so as many bytes go through SHA-256, at the rate of two threads that read
+nothing; and of the ledger's line, which is written and flushed to disk as every commit is.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from benchmarks.measure import in_turns, ratio, write
 from unwrite.change import Change, Dense, LowRank, mask
 from unwrite.delta import Delta
 from unwrite.edits import Edit
+from unwrite.files import write_atomically
 from unwrite.weights import Weights, save_weights
 
 KINDS: tuple[Literal["full", "core", "one layer"], ...] = ("full", "core", "one layer")
@@ -99,6 +101,8 @@ def measured(
     deltas = home.deltas(live)
     base_weights = Weights.from_folder(home.source.folder)
     touched = [name for name in base_weights if name in deltas[UNDONE]]
+    left = [delta for number, delta in enumerate(deltas) if number != UNDONE]
+    composed = [name for name in base_weights if any(name in delta for delta in left)]
 
     def undo() -> None:
         unwrite.open(home.folder).undo(live[UNDONE], recheck=False)
@@ -108,10 +112,12 @@ def measured(
         with tempfile.TemporaryDirectory(dir=place) as out:
             save_weights(Path(out) / "copy", Weights(specs, base_weights.__getitem__))
 
-    seconds: dict[str, list[float]] = {"undo": [], "copy": [], "floor": [], "hashing": []}
-    work: dict[str, Callable[[], None]] = {"undo": undo, "copy": copy}
-    left = [delta for number, delta in enumerate(deltas) if number != UNDONE]
-    needed = sum(base_weights.bytes(name) for name in touched)
+    def line() -> None:
+        write_atomically(place / "ledger.jsonl", whole)
+
+    work: dict[str, Callable[[], None]] = {"undo": undo, "copy": copy, "line": line}
+    seconds: dict[str, list[float]] = {name: [] for name in (*work, "floor", "hashing")}
+    needed = sum(base_weights.bytes(name) for name in composed)
     needed += sum(delta.summary().bytes for delta in left)
     for turn in range(repeats + 1):  # the first one is not counted
         for name, times in in_turns(work, 1).items():
@@ -123,11 +129,16 @@ def measured(
         ledger.write_bytes(whole)
     return {
         "tensors_touched": len(touched),
+        "tensors_composed": len(composed),
         "seconds": seconds,
         "undo_over_copy": ratio(seconds["undo"], seconds["copy"]),
         "undo_over_floor": ratio(seconds["undo"], seconds["floor"]),
         "floor_over_copy": ratio(seconds["floor"], seconds["copy"]),
         "hashing_over_copy": ratio(seconds["hashing"], seconds["copy"]),
+        "checking_over_copy": ratio(
+            [sum(both) for both in zip(seconds["hashing"], seconds["line"], strict=True)],
+            seconds["copy"],
+        ),
     }
 
 
