@@ -692,7 +692,8 @@ def undo_rows() -> list[str]:
             row(
                 f"undoing one of {found['updates']} updates ({kind}: {one['tensors_touched']} "
                 "tensors touched) against copying these tensors; hashing what is left, nothing "
-                "else, and flushing the ledger, against copying; undoing against reading what is left",
+                "else, and flushing the ledger, against copying; undoing against reading what is "
+                "left",
                 f"{spread(one['undo_over_copy'], 2)}; {spread(one['checking_over_copy'], 2)}; "
                 f"{spread(one['undo_over_floor'], 1)}",
                 f"{found['goal']}x",
