@@ -72,6 +72,7 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 NAMES = (*VARIANTS, *INGREDIENTS)
 REPORTED = ("full-ft", "memit", "auto, fast", "auto")
+PLANTED = ("counterfact", "zsre")  # kinds whose old answers are taught first
 BASES = ("smollm2-135m", second_model.NAME)
 DRAWING = ("base", "split", "kind", "facts")  # what stands in one table
 OTHERS_ASKED = 3  # questions of other edits that every subject is asked
@@ -110,13 +111,12 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
         return
     edits = drawn(model, kind, options, seed)
     chosen_methods = [built(name, seed) for name in missing]
-    planted = kind not in ("atlas", "known-counterfact")
     others = other_questions(edits)
     found = scored(
         model,
         edits,
         chosen_methods,
-        planted=planted,
+        planted=kind in PLANTED,
         exact=options.exact,
         also=lambda: {"spill": spill(model, others)},
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import second_model
 from benchmarks.auto_study import BASES
 from benchmarks.measure import measured
+from benchmarks.paper_blocks import percent, table
 from benchmarks.planted_study import ROLES
 
 KINDS = {
@@ -16,6 +18,7 @@ KINDS = {
     "atlas": "atlas, known to the model",
 }
 MISSING = "*Not measured yet.*"
+SCORED = ("facts", "method", "seeds", *(role.replace("_", " ") for role in ROLES))
 
 
 def blocks() -> dict[str, list[str]]:
@@ -29,111 +32,103 @@ def blocks() -> dict[str, list[str]]:
         "auto, exact": exact_lines(tables),
         "auto, time": time_lines(measured("auto_time")),
         "auto, bystanders": bystander_lines(measured("moved_bystanders")),
-        "auto, sequence": [MISSING] if sequence is None else sequence_lines(sequence["rows"]),
+        "auto, sequence": sequence_lines(sequence["rows"] if sequence else []),
     }
 
 
 def lines(tables: list[dict[str, Any]], split: str, base: str = BASES[0]) -> list[str]:
     """One table over all kinds of facts of a split, of one model. These runs had company on the
     machine: times are those of ``benchmarks.auto_time``."""
-    chosen = [one for one in tables if (one["split"], one["base"]) == (split, base)]
-    if not chosen:
-        return [MISSING]
-    found = [
-        "| facts | method | seeds | reliability | generality | locality | old recall | "
-        "harmonic mean | spill | perplexity |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for table in chosen:
-        for one in table["rows"]:
-            spread = (
-                f" ({100 * one['lowest']:.1f} to {100 * one['highest']:.1f})"
-                if one["seeds"] > 1
-                else ""
-            )
-            cells = (
-                f"{table['facts']} {KINDS[table['kind']]}",
+    found = []
+    for facts, one in _rows(tables, split, base):
+        spread = (
+            f" ({percent(one['lowest'])} to {percent(one['highest'])})" if one["seeds"] > 1 else ""
+        )
+        found.append(
+            (
+                facts,
                 one["variant"],
                 str(one["seeds"]),
-                *(f"{100 * one[role]:.1f}" for role in ROLES),
-                f"{100 * one['harmonic_mean']:.1f}{spread}",
-                "" if one["spill"] is None else f"{100 * one['spill']:.1f}",
+                *(percent(one[role]) for role in ROLES),
+                f"{percent(one['harmonic_mean'])}{spread}",
+                "" if one["spill"] is None else percent(one["spill"]),
                 f"x {one['perplexity_ratio']:.2f}",
             )
-            found.append(f"| {' | '.join(cells)} |")
-    return found
+        )
+    return _table((*SCORED, "harmonic mean", "spill", "perplexity"), found)
 
 
 def exact_lines(tables: list[dict[str, Any]]) -> list[str]:
     """What the model says by itself, where that was scored."""
     found = [
-        "| facts | method | seeds | reliability | generality | locality | old recall |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        (
+            facts,
+            one["variant"],
+            str(one["exact_seeds"]),
+            *(percent(one["exact"][role]) for role in ROLES),
+        )
+        for facts, one in _rows(tables, "test", BASES[0])
+        if one["exact"]
     ]
-    for table in tables:
-        for one in table["rows"]:
-            if one["exact"] and (table["split"], table["base"]) == ("test", BASES[0]):
-                cells = (
-                    f"{table['facts']} {KINDS[table['kind']]}",
-                    one["variant"],
-                    str(one["exact_seeds"]),
-                    *(f"{100 * one['exact'][role]:.1f}" for role in ROLES),
-                )
-                found.append(f"| {' | '.join(cells)} |")
-    return found if len(found) > 2 else [MISSING]
+    return _table(SCORED, found)
 
 
 def time_lines(result: dict[str, Any] | None) -> list[str]:
     """The budget ``fast`` against plain fine-tuning, a row a kind of facts."""
-    if result is None:
-        return [MISSING]
-    found = ["| facts | draws | time of fast against full-ft |", "| --- | --- | --- |"]
-    for one in result["rows"]:
+    found = []
+    for one in result["rows"] if result else ():
         spread = one["over_plain"]
-        cells = (
-            f"{one['facts']} {KINDS[one['kind']]}",
-            str(one["draws"]),
-            f"x {spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})",
-        )
-        found.append(f"| {' | '.join(cells)} |")
-    return found
+        ratio = f"x {spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})"
+        found.append((_facts(one), str(one["draws"]), ratio))
+    return _table(("facts", "draws", "time of fast against full-ft"), found)
 
 
 def bystander_lines(result: dict[str, Any] | None) -> list[str]:
     """Quarters of the bystanders by how sure the model was, and what stays of each."""
-    if result is None:
-        return [MISSING]
-    names = list(result["tables"][0]["quarters"][0]["stayed"])
+    tables = result["tables"] if result else []
+    names = [name for one in tables[:1] for name in one["quarters"][0]["stayed"]]
     found = [
-        f"| facts | quarter | lead | {' | '.join(names)} |",
-        f"| --- | --- | --- |{' --- |' * len(names)}",
+        (
+            f"{_facts(one)}, {one['bystanders']} bystanders of {one['seeds']} draws",
+            str(number),
+            f"{quarter['lead']:.2f}",
+            *(percent(quarter["stayed"][name]) for name in names),
+        )
+        for one in tables
+        for number, quarter in enumerate(one["quarters"], start=1)
     ]
-    for table in result["tables"]:
-        for number, quarter in enumerate(table["quarters"], start=1):
-            cells = (
-                f"{table['facts']} {KINDS[table['kind']]}, {table['bystanders']} bystanders of "
-                f"{table['seeds']} draws",
-                str(number),
-                f"{quarter['lead']:.2f}",
-                *(f"{100 * quarter['stayed'][name]:.1f}" for name in names),
-            )
-            found.append(f"| {' | '.join(cells)} |")
-    return found
+    return _table(("facts", "quarter", "lead", *names), found)
 
 
 def sequence_lines(rows: list[dict[str, Any]]) -> list[str]:
     """What is left of earlier updates, a row a method."""
+    shares = ("learned", "retained", "generality", "locality")
     found = [
-        "| method | updates | learned | retained | generality | locality | perplexity |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for one in rows:
-        shares = ("learned", "retained", "generality", "locality")
-        cells = (
+        (
             one["method"],
             str(one["updates"]),
-            *(f"{100 * one[share]:.1f}" for share in shares),
+            *(percent(one[share]) for share in shares),
             f"x {one['perplexity_ratio']:.2f}",
         )
-        found.append(f"| {' | '.join(cells)} |")
-    return found
+        for one in rows
+    ]
+    return _table(("method", "updates", *shares, "perplexity"), found)
+
+
+def _rows(
+    tables: list[dict[str, Any]], split: str, base: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row of a split and a model, with the name of its facts."""
+    for one in tables:
+        if (one["split"], one["base"]) == (split, base):
+            for row in one["rows"]:
+                yield _facts(one), row
+
+
+def _facts(one: dict[str, Any]) -> str:
+    return f"{one['facts']} {KINDS[one['kind']]}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table, or the sentence that there is none yet."""
+    return table(head, rows) if rows else [MISSING]

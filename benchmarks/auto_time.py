@@ -13,14 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks.auto_study import built, drawn
+from benchmarks.auto_study import PLANTED, built, drawn
 from benchmarks.measure import RESULTS, add_line, lines, ratio, write
 from benchmarks.method_defaults import scored
 from unwrite import load
 
 RUNS = RESULTS / "auto_time.jsonl"
 FACTS = {"counterfact": 100, "zsre": 100, "known-counterfact": 50, "atlas": 50}
-PLANTED = ("counterfact", "zsre")
 COMPARED = ("full-ft", "auto, fast")
 
 

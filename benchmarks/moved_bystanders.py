@@ -21,21 +21,17 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from benchmarks.auto_study import drawn
+from benchmarks.auto_study import PLANTED, built, drawn
 from benchmarks.measure import RESULTS, add_line, lines, write
 from benchmarks.method_defaults import scored
-from unwrite import Edit, load, methods
+from unwrite import Edit, load
 from unwrite.change import Dense
 from unwrite.delta import Delta
 from unwrite.model import Model, length_batches, pad
 from unwrite.observe import questions, settle
 
 RUNS = RESULTS / "moved_bystanders.jsonl"
-CHOSEN: dict[str, dict[str, str]] = {
-    "full-ft": {},
-    "memit": {},
-    "auto": {"budget": "fast"},
-}
+CHOSEN = {"full-ft": "full-ft", "memit": "memit", "auto": "auto, fast"}  # of auto_study
 QUARTERS = 4
 
 
@@ -104,16 +100,13 @@ def main() -> None:
                 if (kind, options.facts, seed) not in there:
                     edits = drawn(model, kind, options, seed)
                     key = {"kind": kind, "facts": options.facts, "seed": seed}
-                    add_line(RUNS, key | run(model, edits, seed, planted=kind == "counterfact"))
+                    add_line(RUNS, key | run(model, edits, seed, planted=kind in PLANTED))
     write("moved_bystanders", {"tables": summary(lines(RUNS))})
 
 
 def run(model: Model, edits: Sequence[Edit], seed: int, *, planted: bool) -> dict[str, Any]:
     """For every bystander the lead before, and by method the share of its tokens that stay."""
-    chosen: dict[str, Any] = {
-        name: methods.replaced(methods.build(name, settings), "seed", seed)[0]
-        for name, settings in CHOSEN.items()
-    }
+    chosen: dict[str, Any] = {name: built(variant, seed) for name, variant in CHOSEN.items()}
     chosen["auto"] = Remembered(chosen["auto"])
     chosen["shuffled"] = Shuffled(chosen["auto"])
     states = [Given(Delta.nothing()), *chosen.values()]
@@ -160,21 +153,21 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     tables = []
     for kind, facts in dict.fromkeys((one["kind"], one["facts"]) for one in runs):
         here = [one for one in runs if (one["kind"], one["facts"]) == (kind, facts)]
-        leads = np.concatenate([one["lead"] for one in here])
+        lead = np.concatenate([one["lead"] for one in here])
         stayed = {
             name: np.concatenate([one["stayed"][name] for one in here])
             for name in here[0]["stayed"]
         }
-        quarters = np.array_split(np.argsort(leads, kind="stable"), QUARTERS)
+        quarters = np.array_split(np.argsort(lead, kind="stable"), QUARTERS)
         tables.append(
             {
                 "kind": kind,
                 "facts": facts,
                 "seeds": len(here),
-                "bystanders": len(leads),
+                "bystanders": len(lead),
                 "quarters": [
                     {
-                        "lead": statistics.median(leads[quarter].tolist()),
+                        "lead": statistics.median(lead[quarter].tolist()),
                         "stayed": {n: float(one[quarter].mean()) for n, one in stayed.items()},
                     }
                     for quarter in quarters

@@ -16,6 +16,7 @@ from typing import Any
 from benchmarks import auto_tables, paper_blocks
 from benchmarks.measure import committed, measured
 from benchmarks.method_defaults import harmonic
+from benchmarks.paper_blocks import row
 from benchmarks.planted_study import ROLES
 from benchmarks.scale_tables import blocks
 
@@ -822,11 +823,6 @@ def callback_rows() -> list[str]:
             "1.03x",
         )
     ]
-
-
-def row(*cells: str) -> str:
-    """A row of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import unwrite
-from benchmarks import auto_tables, method_defaults, moved_bystanders
+from benchmarks import auto_study, auto_tables, method_defaults, moved_bystanders
 from unwrite import FullFT
 from unwrite.model import pad
 from unwrite.observe import questions
@@ -25,8 +25,12 @@ def test_a_lead_is_the_least_over_the_answer(worlds):
 
 def test_a_run_tells_of_every_bystander_and_leaves_the_model_alone(worlds, monkeypatch):
     monkeypatch.setattr(method_defaults, "PLANTING", FullFT(epochs=1, until="epochs", lr=1e-4))
-    settings = {"full-ft": {"epochs": "2"}, "auto": {"write": "false", "own_prompts": "0"}}
-    monkeypatch.setattr(moved_bystanders, "CHOSEN", settings)
+    variants = {
+        "plain": {"method": "full-ft", "epochs": "2"},
+        "small": {"method": "auto", "write": "false", "own_prompts": "0"},
+    }
+    monkeypatch.setattr(auto_study, "VARIANTS", variants)
+    monkeypatch.setattr(moved_bystanders, "CHOSEN", {"full-ft": "plain", "auto": "small"})
     world = worlds()
     model = unwrite.load(world.folder)
     before = model.fingerprint
