@@ -209,7 +209,7 @@ def arriving(model: Model, layer: int, place: Mention) -> float | None:
     by what the block gives there and by twice as much: two passes beside that of the state as it
     is, up to the block.
     """
-    still = _block_output(model, layer, place, None)
+    still = _block_output(model, layer, place, torch.zeros(()))
     draw = torch.Generator().manual_seed(0)
     given = torch.randn(still.shape, generator=draw)
     given *= still.norm() / given.norm()
@@ -221,16 +221,12 @@ def arriving(model: Model, layer: int, place: Mention) -> float | None:
     return 1.0 if abs(share - 1) <= AS_GIVEN else share
 
 
-def _block_output(
-    model: Model, layer: int, place: Mention, push: torch.Tensor | None
-) -> torch.Tensor:
-    """What a block gives at a place, fp32 (width,) on the CPU, with ``push`` (width,) added to the
-    output of its MLP's projection there."""
+def _block_output(model: Model, layer: int, place: Mention, push: torch.Tensor) -> torch.Tensor:
+    """What a block gives at a place, fp32 (width,) on the CPU, with ``push`` (width,) or () added
+    to the output of its MLP's projection there."""
     seen: list[torch.Tensor] = []
 
     def add(_module: Any, _inputs: Any, output: Any) -> Any:
-        if push is None:
-            return output
         hidden = in_rows(hidden_of(output), 1).clone()
         hidden[:, -1] += push.to(hidden)
         return with_hidden(output, hidden)

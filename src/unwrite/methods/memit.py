@@ -137,9 +137,8 @@ def spread(
 
     Raises ``NotWritable`` for a network whose blocks do not add what their MLPs give.
     ``readers`` makes a `Reader` a layer (from the edits' keys there, if it asks for them) and a
-    record for the notes. The
-    notes hold, under ``gap``, the mean distance to the values before and after every layer, as a
-    share of the first.
+    record for the notes. The notes hold, under ``gap``, the mean distance to the values before and
+    after every layer, as a share of the first.
     """
     shares = _arriving(model, layers, texts[0][0])
     values = find_values(model, edits, texts, layers[-1], "block", search)
@@ -188,15 +187,17 @@ def spread(
 
 def _arriving(model: Model, layers: Sequence[int], place: Mention) -> list[float]:
     """``arriving`` for every layer. Raises ``NotWritable`` where it is unknown."""
-    shares = [arriving(model, layer, place) for layer in layers]
-    if None in shares:
-        raise NotWritable(
-            f"In this model a norm stands between an MLP and what its block gives (block "
-            f"{layers[shares.index(None)]}), so what is written there does not arrive as it was "
-            "meant. Use a method that trains, such as full-ft, or rome, which seeks its value "
-            "before the norm."
-        )
-    return [share for share in shares if share is not None]
+    shares = []
+    for layer in layers:
+        share = arriving(model, layer, place)
+        if share is None:
+            raise NotWritable(
+                f"In this model a norm stands between an MLP and what its block gives (block "
+                f"{layer}), so what is written there does not arrive as it was meant. Use a method "
+                "that trains, such as full-ft, or rome, which seeks its value before the norm."
+            )
+        shares.append(share)
+    return shares
 
 
 def solve(gram: torch.Tensor, read: torch.Tensor, weight: float) -> torch.Tensor:
