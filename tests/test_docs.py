@@ -39,7 +39,7 @@ def test_every_default_is_explained():
         section = text.split(f"## {name}\n")[1].split("\n## ")[0]
         for field in methods.describe(name)["fields"]:
             common = ("seed", "precision", "protect", "accumulate", "optimizer")
-            common += ("neighbours", "in_backward", "own_prompts")
+            common += ("neighbours", "in_backward", "own_prompts", "skip_right")
             assert f"`{field}" in section or field in common, field
 
 

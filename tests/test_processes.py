@@ -96,6 +96,7 @@ def apart(one, other):
 
 METHODS = {
     "full": (*LEARN, "--set", "batch_size=4"),
+    "skipping": ("--method", "full-ft", *("--set", "lr=1e-3"), "--set", "skip_right=true"),
     "accumulated": (*LEARN, "--set", "batch_size=2", "--set", "accumulate=2"),
     "sgd": (
         *("--method", "full-ft", "--set", "epochs=2", "--set", "until=epochs"),
@@ -117,7 +118,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    "name", ["full", "accumulated", "sgd", "lora", "delicate-lora", "f-learning"]
+    "name", ["full", "skipping", "accumulated", "sgd", "lora", "delicate-lora", "f-learning"]
 )
 def test_two_processes_change_what_one_changes(homes, edits, processes, name):
     assert_as_alone(homes, edits, processes, METHODS[name], {})

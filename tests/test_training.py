@@ -289,6 +289,57 @@ def test_training_until_learned_also_waits_for_what_is_protected(model, worlds):
     assert not hasty.learned and taught and lost > 0, "it waited for them alone"
 
 
+def test_what_is_right_is_left_out_of_the_next_epochs(model, worlds):
+    """Six rows that the model answers already and four that it does not, in batches of two: the
+    steps are those of the wrong ones, epoch after epoch fewer, and all is right in the end."""
+    known = [Pair(edit.prompt, str(edit.old)) for edit in worlds().edits[10:16]]
+    assert all(learned(model, known))
+    pairs = [*known, *new_pairs(worlds().edits[:4])]
+    recipe = Recipe(epochs=60, batch_size=2, skip_right=True, **FAST)
+    trained = fine_tune(model, pairs, recipe)
+    first = fine_tune(model, pairs, replace(recipe, epochs=1))
+    assert len(first.losses) == 2
+    assert trained.learned and len(trained.losses) < 5 * trained.epochs
+    with model.shifted(trained.delta):
+        assert all(learned(model, pairs))
+
+
+def test_where_nothing_is_wrong_nothing_moves(model, worlds):
+    known = [Pair(edit.prompt, str(edit.old)) for edit in worlds().edits[:4]]
+    trained = fine_tune(model, known, Recipe(skip_right=True))
+    assert (trained.epochs, trained.losses, trained.learned) == (0, (), True)
+    assert all(trained.delta[name].dense().count_nonzero() == 0 for name in trained.delta)
+
+
+def test_what_is_always_wrong_is_trained_as_without_leaving_out(model, pairs):
+    """As long as no answer is right, the rows, their order and so all bits are the same."""
+    recipe = Recipe(epochs=2, lr=1e-5)
+    left_out = replace(recipe, skip_right=True)
+    assert same(fine_tune(model, pairs, left_out).delta, fine_tune(model, pairs, recipe).delta)
+
+
+def test_protected_answers_that_moved_are_brought_back_by_steps_of_their_own(model, worlds):
+    """All rows are right, and some protected answers are lost: steps without rows bring them back,
+    and what is made up to be protected is not waited for."""
+    pairs = new_pairs(worlds().edits[:3])
+    kept = tuple(edit.prompt for edit in worlds().edits[20:24])
+    before = model.generate(kept, ANSWER_TOKENS_KEPT)
+    free = fine_tune(model, pairs, Recipe(epochs=60, **FAST)).delta.in_memory()
+    with model.shifted(free):
+        lost = sum(
+            a != b for a, b in zip(model.generate(kept, ANSWER_TOKENS_KEPT), before, strict=True)
+        )
+        assert lost > 0 and all(learned(model, pairs))
+    recipe = Recipe(epochs=100, protect=kept, skip_right=True, protect_weight=10.0, **FAST)
+    back = fine_tune(model, pairs, recipe, start=free)
+    assert back.learned and 0 < back.epochs < 100
+    with model.shifted(free + back.delta):
+        assert model.generate(kept, ANSWER_TOKENS_KEPT) == before
+        assert all(learned(model, pairs))
+    made_up = replace(recipe, protect=(), neighbours=4)
+    assert fine_tune(model, pairs, made_up, start=free).epochs == 0
+
+
 def test_protection_with_weight_zero_is_no_protection(model, pairs, worlds):
     kept = tuple(edit.prompt for edit in worlds().edits[20:24])
     plain = fine_tune(model, pairs, Recipe(epochs=1, until="epochs", **FAST)).delta
@@ -348,7 +399,14 @@ def test_every_architecture_learns(worlds, architecture):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"epochs": 0}, {"lr": 0.0}, {"lr": math.nan}, {"batch_size": 0}, {"contexts": -1}],
+    [
+        {"epochs": 0},
+        {"lr": 0.0},
+        {"lr": math.nan},
+        {"batch_size": 0},
+        {"contexts": -1},
+        {"skip_right": True, "until": "epochs"},
+    ],
 )
 def test_impossible_recipes_are_refused(wrong):
     with pytest.raises(BadSetting):

@@ -28,10 +28,12 @@ ROWS = 16  # read at a time
 class KeptAnswers:
     """Sequences of prompt and answer, and what the network said before each token of the answers.
 
-    ``said``: per sequence, on the CPU in fp32, hidden states (answer tokens, width) beside a
-    ``head``, or the logarithms of probabilities (answer tokens, vocabulary). Memory: the smaller.
+    ``prompts``: of the sequences. ``said``: per sequence, on the CPU in fp32, hidden states (answer
+    tokens, width) beside a ``head``, or the logarithms of probabilities (answer tokens,
+    vocabulary). Memory: the smaller.
     """
 
+    prompts: list[str]
     sequences: list[Tokens]
     said: list[torch.Tensor]
     head: _Head | None
@@ -41,9 +43,14 @@ class KeptAnswers:
     def of(cls, model: Model, prompts: Sequence[str]) -> KeptAnswers | None:
         """What ``model`` answers now; None where it has no answer that can be read."""
         answers = model.generate(prompts, ANSWER_TOKENS_KEPT)
-        sequences = readable(model, list(zip(prompts, answers, strict=True)))
-        if not sequences:
+        found = {
+            prompt: tokens
+            for prompt, answer in zip(prompts, answers, strict=True)
+            for tokens in readable(model, [(prompt, answer)])
+        }
+        if not found:
             return None
+        sequences = list(found.values())
         head = _Head.of(model, sequences)
         said: dict[int, torch.Tensor] = {}
         for batch in length_batches([len(tokens.ids) for tokens in sequences], rows=ROWS):
@@ -51,7 +58,7 @@ class KeptAnswers:
             kept = logits.log_softmax(dim=-1) if head is None else hidden
             for row, index in enumerate(batch):
                 said[index] = kept[rows == row].cpu()
-        return cls(sequences, [said[index] for index in range(len(sequences))], head)
+        return cls(list(found), sequences, [said[index] for index in range(len(sequences))], head)
 
     def draw(self, random: torch.Generator, count: int) -> list[int]:
         """Numbers of ``count`` sequences for one step (all, if there are fewer)."""

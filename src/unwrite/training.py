@@ -23,6 +23,7 @@ weights, gradients and moments are divided, too.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,7 +78,10 @@ class Recipe:
     one after the other: the step is that of one batch with all of these rows, the memory that of
     one with a few. ``optimizer``: see ``optimizers``. ``in_backward``: each tensor is stepped as
     soon as its gradient is there, so that only the largest gradient needs memory; ``max_grad_norm``
-    then bounds every tensor's gradient by itself.
+    then bounds every tensor's gradient by itself. ``skip_right``: an epoch goes through those rows
+    only whose answer is not right when it begins, and through those of ``protect`` whose answer
+    moved, until there are none: what is learned already shall move nothing else. What is made up
+    to be protected is drawn beside them, but not waited for.
     """
 
     epochs: int = 20
@@ -95,6 +99,7 @@ class Recipe:
     neighbours: int = field(default=0, metadata={"later": True})
     in_backward: bool = field(default=False, metadata={"later": True})
     own_prompts: int = field(default=0, metadata={"later": True})
+    skip_right: bool = field(default=False, metadata={"later": True})
 
     def __post_init__(self) -> None:
         positive = {
@@ -121,6 +126,11 @@ class Recipe:
             raise BadSetting(
                 "in_backward steps within every backward pass, so nothing can be accumulated: use "
                 "one of the two."
+            )
+        if self.skip_right and self.until != "learned":
+            raise BadSetting(
+                "skip_right leaves out what is learned, so it needs until='learned' and not "
+                f"{self.until!r}."
             )
         if self.optimizer not in optimizers.NAMES:
             raise BadSetting(
@@ -359,6 +369,8 @@ class _Run:
         self.random = torch.Generator().manual_seed(recipe.seed)
         self.epoch = 0
         self.learned = False
+        self.left = list(range(len(courses[0].rows)))
+        self.moved: list[int] = []
 
     def result(self, course: _Course, delta: Delta, seconds: float) -> Trained:
         """What the run gave for one course."""
@@ -381,6 +393,7 @@ class _Run:
             else freed_memory_is_kept(self.model.largest_tensor),
             self._stepping(),
         ):
+            self.learned = recipe.skip_right and self._done(self.courses[-1])
             while self.epoch < recipe.epochs and not self.learned:
                 rows_of_courses = self._with_contexts()
                 for batch in self._batches():
@@ -449,10 +462,13 @@ class _Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def _drawn(self) -> list[int]:
-        """Protected sequences for one step."""
+        """Protected sequences for one step: what moved first, each once an epoch, then any."""
         if self.guard is None:
             return []
-        return self.guard.draw(self.random, self.recipe.rows_per_step)
+        count = self.recipe.rows_per_step
+        first, self.moved = self.moved[:count], self.moved[count:]
+        others = self.guard.draw(self.random, count)
+        return [*first, *(one for one in others if one not in first)][:count]
 
     def _losses(
         self,
@@ -512,25 +528,47 @@ class _Run:
     def _batches(self) -> Iterator[list[int]]:
         """Row numbers in batches of similar length: rows whose prompts are equally long change
         places, and so do the batches. Answers have no say, so that twins are batched alike."""
-        rows = self.courses[0].rows
-        shuffled = torch.randperm(len(rows), generator=self.random).tolist()
-        by_length = sorted(shuffled, key=lambda index: len(rows[index][0].prompt))
-        size = self.recipe.rows_per_step
-        batches = [by_length[start : start + size] for start in range(0, len(rows), size)]
-        for number in torch.randperm(len(batches), generator=self.random).tolist():
-            yield batches[number]
+        rows, size = self.courses[0].rows, self.recipe.rows_per_step
+        by_length = sorted(self._shuffled(self.left), key=lambda index: len(rows[index][0].prompt))
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        yield from self._shuffled(batches)
+        while self.moved:  # more protected answers moved than there are steps for rows
+            yield []
 
     def _done(self, course: _Course) -> bool:
-        """Whether every answer to learn, and every one that is protected, is the argmax now."""
-        wanted = [tokens for pair, tokens in course.rows if pair.weight > 0]
-        return self._all_right(wanted) and (
-            self.guard is None or self._all_right(self.guard.sequences)
-        )
+        """Whether every answer to learn, and every protected one that is waited for, is the argmax
+        now. With ``skip_right``, what is not is what the next epoch goes through."""
+        taught = [number for number, (pair, _) in enumerate(course.rows) if pair.weight > 0]
+        found = self._wrong([course.rows[number][1] for number in taught])
+        moved = self._moved()
+        if not self.recipe.skip_right:
+            return next(itertools.chain(found, moved), None) is None
+        wrong = {taught[place] for place in found}
+        right = set(taught) - wrong
+        self.left = [number for number in range(len(course.rows)) if number not in right]
+        self.moved = self._shuffled(list(moved))
+        return not (wrong or self.moved)
+
+    def _moved(self) -> Iterator[int]:
+        """Numbers of the protected answers that are no longer the argmax; with ``skip_right``, of
+        those to ``protect`` only."""
+        if self.guard is None:
+            return
+        waited = list(range(len(self.guard.prompts)))
+        if self.recipe.skip_right:
+            named = set(self.recipe.protect)
+            waited = [number for number in waited if self.guard.prompts[number] in named]
+        for place in self._wrong([self.guard.sequences[number] for number in waited]):
+            yield waited[place]
+
+    def _shuffled(self, things: Sequence[Any]) -> list[Any]:
+        order = torch.randperm(len(things), generator=self.random).tolist()
+        return [things[number] for number in order]
 
     @torch.no_grad()
-    def _all_right(self, wanted: Sequence[Tokens]) -> bool:
-        """Whether every answer is the argmax (in the last course); ends at the first batch that is
-        not."""
+    def _wrong(self, wanted: Sequence[Tokens]) -> Iterator[int]:
+        """Numbers of the answers that are not the argmax (in the last course), as they are found: a
+        few batches are read at a time, and none after the last that is asked for."""
         batches = length_batches([len(tokens.ids) for tokens in wanted], rows=16)
         for first in range(0, len(batches), self.processes):
             # As many forward passes in every process: under FSDP they need each other.
@@ -539,10 +577,10 @@ class _Run:
             ids, at_rows, columns, targets = pad([wanted[index] for index in batch])
             with self._read_by([len(batch)]), head_sees(self.model.network, at_rows, columns):
                 output = self.model.network(input_ids=ids.to(self.device), use_cache=False)
-            right = torch.equal(output.logits[0].float().argmax(dim=-1).cpu(), targets)
-            if processes.summed(torch.tensor(0.0 if right else 1.0)) > 0:
-                return False
-        return True
+            said = output.logits[0].float().argmax(dim=-1).cpu()
+            wrong = torch.zeros(len(wanted))
+            wrong[[batch[row] for row in at_rows[said != targets].tolist()]] = 1.0
+            yield from processes.summed(wrong).nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True)
