@@ -14,7 +14,7 @@ from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, NotWritable, TrainingFailed
 from unwrite.methods.alpha_edit import AlphaEdit, free_directions
 from unwrite.methods.loc_ft import LocFT
-from unwrite.methods.memit import MEMIT, solve
+from unwrite.methods.memit import HALVINGS, MEMIT, solve
 from unwrite.methods.rome import ROME
 from unwrite.model import Model
 from unwrite.neighbours import made_up
@@ -229,6 +229,49 @@ def test_the_gap_falls_layer_by_layer(model):
     assert all(after < before for before, after in itertools.pairwise(gap))
     assert gap[-1] < 0.4
     assert all(delta[name].rank <= len(EDITS) for name in delta)
+
+
+def test_a_weight_that_closes_too_little_is_halved_until_it_does(model):
+    """The change is that of the halved weight, bit for bit, and no more is halved than it takes."""
+    heavy = MEMIT(layers=(0, 1), clamp=4.0, lr=0.5, preserve=1e4, **PLAIN)
+    gap = heavy.delta(model, EDITS).provenance["notes"]["gap"][-1]
+    asked = replace(heavy, closed=1 - gap + 0.1)
+    delta = asked.delta(model, EDITS)
+    notes = delta.provenance["notes"]
+    assert notes["gap"][-1] <= 1 - asked.closed < gap
+    assert 0.5**HALVINGS <= notes["ease"] < 1
+    assert any(f"with {notes['ease']:g} of the weight" in one for one in notes["sentences"])
+    by_hand = replace(heavy, preserve=1e4 * notes["ease"]).delta(model, EDITS)
+    assert all(torch.equal(delta[name].dense(), by_hand[name].dense()) for name in by_hand)
+    double = replace(heavy, preserve=2e4 * notes["ease"]).delta(model, EDITS)
+    assert double.provenance["notes"]["gap"][-1] > 1 - asked.closed
+    least = replace(asked, closed=0.01).delta(model, EDITS)
+    assert least.provenance["notes"]["ease"] == 1
+
+
+def test_where_all_answers_are_right_nothing_is_halved(model):
+    method = MEMIT(layers=(0, 1), clamp=4.0, lr=0.5, preserve=1e-2, **PLAIN)
+    plain, asked = (replace(method, closed=one).delta(model, EDITS[:1]) for one in (0.0, 0.999))
+    with model.shifted(plain):
+        assert model.answer(EDITS[0].prompt).startswith(EDITS[0].new)
+    assert asked.provenance["notes"]["ease"] == 1
+    assert plain.provenance["notes"]["gap"][-1] > 0.001
+    assert all(torch.equal(plain[name].dense(), asked[name].dense()) for name in plain)
+
+
+def test_what_cannot_be_closed_is_not_halved_to_the_end(model):
+    """Two answers for one subject in one prompt: half of the way is all there is."""
+    both = [EDITS[0], replace(EDITS[0], new=EDITS[1].new, id="other")]
+    method = MEMIT(layers=(0, 1), clamp=4.0, lr=0.5, preserve=1e-2, closed=0.99, **PLAIN)
+    notes = method.delta(model, both).provenance["notes"]
+    assert notes["gap"][-1] > 0.3
+    assert notes["ease"] > 0.5**HALVINGS
+
+
+@pytest.mark.parametrize("closed", [-0.1, 1.0, float("nan")])
+def test_no_share_of_the_way_is_refused(closed):
+    with pytest.raises(BadSetting, match="closed must be"):
+        MEMIT(closed=closed)
 
 
 def test_one_layer_and_one_edit_go_in_the_direction_of_rome(llama, monkeypatch, corpus):

@@ -72,10 +72,10 @@ class AlphaEdit(Search, Statistics):
 
         return spread(model, edits, texts, layers, self, readers)
 
-    def _read(self, basis: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    def _read(self, basis: torch.Tensor, keys: torch.Tensor, ease: float) -> torch.Tensor:
         inside = keys @ basis  # coordinates of P k: the basis is orthonormal
         gram = inside @ inside.T
-        weight = self.ridge * float(gram.diagonal().mean())
+        weight = self.ridge * ease * float(gram.diagonal().mean())
         return solve(gram, inside @ basis.T, max(weight, 1e-30))
 
 
