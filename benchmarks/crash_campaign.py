@@ -38,7 +38,7 @@ from unwrite.delta import SCRATCH
 from unwrite.forgetting import ForgettingMatrix
 from unwrite.testing import toy_edits, toy_world
 
-SHORT = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
+SHORT = ("--method", "full-ft", "--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
 PART = RESULTS / "crash_campaign.jsonl"
 FEW = 100  # steps on disk; a command with no more is killed at each of them, too
@@ -239,7 +239,7 @@ class CollectCommand(Command):
         return (
             *("forgetting", "collect", place / "matrix", "--base", self.world),
             *("--edits", place / "edits.jsonl", "--examples", place / "examples.jsonl"),
-            *("--method", "full-ft", *SHORT),
+            *SHORT,
         )
 
     def learn(self, place: Path) -> None:

@@ -75,9 +75,9 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
 
 def test_times_are_held_against_those_of_the_same_draw():
     runs = [
-        {"kind": "atlas", "seed": 0, "seconds": {"full-ft": 1.0, "auto, fast": 2.0}},
-        {"kind": "atlas", "seed": 1, "seconds": {"full-ft": 2.0, "auto, fast": 8.0}},
-        {"kind": "zsre", "seed": 0, "seconds": {"full-ft": 4.0, "auto, fast": 4.0}},
+        {"kind": "atlas", "seed": 0, "seconds": {"full-ft": 1.0, "auto": 2.0}},
+        {"kind": "atlas", "seed": 1, "seconds": {"full-ft": 2.0, "auto": 8.0}},
+        {"kind": "zsre", "seed": 0, "seconds": {"full-ft": 4.0, "auto": 4.0}},
     ]
     rows = auto_time.summary(runs)
     assert [(one["kind"], one["draws"]) for one in rows] == [("atlas", 2), ("zsre", 1)]
@@ -93,7 +93,7 @@ def test_times_are_held_against_those_of_the_same_draw():
 def test_probes_that_are_protected_are_counted():
     edit = Edit("The home of Ada Blau is", "Rome", subject="Ada Blau")
     every = [f"The home of {subject} is" for subject in bundled_subjects()]
-    method = Auto(budget="fast")
+    method = Auto()
     assert auto_study.overlap(method, [edit], every) == method.parts[0].neighbours
     assert auto_study.overlap(method, [edit], ["The home of Ada Blau is"]) == 0
     assert auto_study.overlap(FullFT(neighbours=9), [edit], every) == 0

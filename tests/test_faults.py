@@ -21,7 +21,7 @@ from unwrite.console import LOG
 from unwrite.errors import HomeBusy, HomeError, RequirementNotMet, UnwriteError
 from unwrite.home import PARTIAL
 
-SHORT = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
+SHORT = ("--method", "full-ft", "--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
 
 
@@ -148,7 +148,7 @@ def test_an_update_killed_at_any_time_leaves_a_sound_home(processes, original, t
     for number in range(4):
         folder = fresh(tmp_path, original, number)
         words = (*update_words(folder), "--set", "epochs=100000")[:-2]
-        process = processes.start(*words[:3], "--set", "epochs=100000", "--set", "until=epochs")
+        process = processes.start(*words[:5], "--set", "epochs=100000", "--set", "until=epochs")
         try:
             process.wait(moments.uniform(0.05, 1.5))
         except AssertionError:

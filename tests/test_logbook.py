@@ -178,8 +178,8 @@ def fake(monkeypatch):
 
 def test_the_loss_of_every_step_reaches_the_tracker(fake, worlds, facts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = ["update", "home", facts, "--base", worlds().folder, "--set", "epochs=3"]
-    words += ["--set", "until=epochs", "--set", "batch_size=1"]
+    words = ["update", "home", facts, "--base", worlds().folder, "--method", "full-ft"]
+    words += ["--set", "epochs=3", "--set", "until=epochs", "--set", "batch_size=1"]
     assert run("--track", "fake", *words).exit_code == 0
     (made,) = fake.made
     assert not made.open

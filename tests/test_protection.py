@@ -353,7 +353,7 @@ def test_a_dry_run_forecasts_and_changes_nothing(home, worlds, tmp_path, snapsho
     questions.write_text(
         "\n".join([json.dumps({"prompt": lines[0], "held_out": True}), *lines[1:]])
     )
-    words = [str(edits), "--protect", str(questions), "--dry-run"]
+    words = [str(edits), "--protect", str(questions), "--dry-run", "--method", "full-ft"]
     for setting in ("lr=2e-3", "epochs=4", "until=epochs"):
         words += ["--set", setting]
     before = snapshot(home.folder)

@@ -16,7 +16,7 @@ from unwrite import scratch
 from unwrite.delta import SCRATCH, Delta
 
 METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
-QUICK = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
+QUICK = ("--method", "full-ft", "--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ class Reader:
             "smollm2-135m": str(world.folder),
             "atlas": str(place / "edits.jsonl"),
             "unwrite.FullFT()": "unwrite.FullFT(lr=1e-3, epochs=60)",
+            'update("edits.jsonl", require': 'update("edits.jsonl", unwrite.Auto(lr=1e-3), require',
         }
 
     def file(self, name: str, body: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -135,13 +135,15 @@ def init(
 def update(
     home: HomeArgument,
     edits: EditsArgument,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="See 'methods'.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See 'methods'; auto by default.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method.", metavar="KEY=VALUE")
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Time for method 'auto', which it stands for: fast, balanced, thorough."),
+        typer.Option(help="Time for the default method, auto: fast, balanced or thorough."),
     ] = None,
     base: Base = None,
     limit: Limit = None,
@@ -174,13 +176,11 @@ def update(
 ) -> None:
     """Teach the model new answers: plan, train, verify, then commit or leave the home untouched."""
     with _verb(as_json) as out:
-        from unwrite import methods
         from unwrite.prompts import read_protected
         from unwrite.requirements import parse
 
         given = _pairs(settings or []) | ({} if budget is None else {"budget": budget})
-        default = methods.DEFAULT if budget is None else "auto"
-        chosen = methods.build(method or default, given)
+        chosen = _method(method, given)
         parse(require or [])
         protected = read_protected(protect) if protect is not None else ()
         facts = _read(edits, limit, offset, out)  # before a home is made: bad edits leave nothing
@@ -799,7 +799,7 @@ def doctor(
         from unwrite import plan
         from unwrite.footprint import Layout
 
-        chosen = known.build(method or known.DEFAULT, _pairs(settings or []))
+        chosen = _method(method, _pairs(settings or []))
         launched = _pairs(layout or [], "--layout")
         needs = None
         if base is not None:
@@ -907,6 +907,22 @@ def _command() -> str:
     import shlex
 
     return shlex.join(["unwrite", *sys.argv[1:]])
+
+
+def _method(name: str | None, settings: Mapping[str, str]) -> Any:
+    """The method of that name, or the default; what is wrong with the settings of one that nobody
+    named is told with its name."""
+    from unwrite import methods
+
+    try:
+        return methods.build(name or methods.DEFAULT, settings)
+    except BadSetting as error:
+        if name is not None:
+            raise
+        raise BadSetting(
+            f"{error} (No --method was named, so it is {methods.DEFAULT}; 'unwrite methods' lists "
+            "them all.)"
+        ) from None
 
 
 def _plan(

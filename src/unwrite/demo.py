@@ -14,7 +14,6 @@ from unwrite.edits import Edit, read_edits
 from unwrite.errors import UnwriteError
 from unwrite.home import Home, is_home
 from unwrite.home_report import write_report
-from unwrite.methods.full_ft import FullFT
 
 FACTS = 12
 ASKED_PER_RELATION = 4  # enough to find twelve known ones, without asking all of the atlas
@@ -32,9 +31,8 @@ def run(folder: Path, out: Terminal) -> None:
     out.say(f"Asking the model {len(candidates)} facts, to find {FACTS} that it really knows ...")
     known = spread(read_edits(candidates, known_to=home.model()), 2)[:FACTS]
 
-    out.say(f"\nChanging {len(known)} facts that it knows, by full fine-tuning until learned ...")
-    method = FullFT()
-    done = home.update(known, method, why="the demo: twelve facts, changed on purpose")
+    out.say(f"\nChanging {len(known)} facts that it knows, by the default method ...")
+    done = home.update(known, why="the demo: twelve facts, changed on purpose")
     rows = [row for row in home.diff(done.id) if row["role"] == "reliability"]
     out.table(
         "What the model says, before and after",

@@ -249,7 +249,7 @@ class Home:
     ) -> Update:
         """Train, verify, then commit or leave everything as it was.
 
-        ``method``: default ``FullFT()``. ``require``: bounds on the scores after
+        ``method``: ``Auto()`` by default. ``require``: bounds on the scores after
         (``{"locality": 0.9}`` or ``["locality>=0.9"]``); if one is missed, ``RequirementNotMet`` is
         raised with the measured ``update`` on it and nothing is kept. ``protect``: prompts whose
         answers must survive; ``forecast`` says which are endangered, and those are protected while

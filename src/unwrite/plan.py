@@ -43,6 +43,7 @@ TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edi
 TYPICAL_ANSWER = 4  # tokens
 LARGEST_PROGRAM = 1 << 30  # bytes of a process that has loaded no model
 MOST_PROCESSES = 64  # that advice goes up to
+LEFT_TO_TRAIN = 0.05  # of rows and epochs, where most was written before (one to two epochs' steps)
 GENERATION_STEPS = 10  # tokens until a first sentence is complete, on average
 
 
@@ -392,9 +393,13 @@ def _said(layout: Layout) -> str:
 
 def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
     """Every training run inside a method (a method may hold others as fields, or as ``parts`` that
-    it makes up by itself), and how often it is likely to be made."""
-    for part in methods.parts_of(method):
-        yield from _recipes(part)
+    it makes up by itself), and how often it is likely to be made. After a part that writes, one
+    that leaves out what is right has little left to do."""
+    parts = methods.parts_of(method)
+    written = any(isinstance(part, Search) for part in parts)
+    for part in parts:
+        for recipe, times in _recipes(part):
+            yield recipe, LEFT_TO_TRAIN if written and recipe.skip_right else times
     if isinstance(method, Recipe):
         yield method, 1.0
     elif dataclasses.is_dataclass(method):

@@ -24,7 +24,7 @@ from unwrite.errors import DamagedFile, HomeError, ModelUnavailable, UnwriteErro
 from unwrite.forgetting import ForgettingMatrix
 
 METHOD = unwrite.FullFT(epochs=1, until="epochs", lr=1e-3)
-SHORT = ("--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
+SHORT = ("--method", "full-ft", "--set", "epochs=1", "--set", "until=epochs", "--set", "lr=1e-3")
 
 # ---- the disk ------------------------------------------------------------------------------------
 
@@ -193,8 +193,8 @@ def test_a_loss_that_is_no_number_is_a_sentence_and_changes_nothing(
     before = snapshot(place / "home")
     sentence(
         "loss became (nan|inf) at step 2",
-        *("update", place / "home", place / "edits.jsonl", "--set", "epochs=3"),
-        *("--set", "until=epochs"),
+        *("update", place / "home", place / "edits.jsonl", "--method", "full-ft"),
+        *("--set", "epochs=3", "--set", "until=epochs"),
     )
     assert snapshot(place / "home") == before
 

@@ -36,7 +36,7 @@ METHODS = {
     "auto": "unwrite.methods.auto:Auto",
 }
 ALIASES = {"ft": "full-ft", "dft": "delicate", "alphaedit": "alpha-edit", "ft-m": "loc-ft"}
-DEFAULT = "full-ft"
+DEFAULT = "auto"
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from unwrite.delta import Delta
@@ -20,28 +20,26 @@ from unwrite.wordings import other_questions
 
 STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)  # tried from the least; 1 is what was trained
 REWORDINGS = 4  # neutral sentences that no edit was taught behind, for the check
-WRITINGS = 3  # at most, each of what the one before left undone
 CHECKED = 2  # made-up neighbours of every edit that nothing protects, for the check
 QUESTIONS = 3  # other questions about every subject, for the check
 WORDS_READ = 600  # of the neutral text, for the check
-ALONE = 12  # epochs of training at least, unless told otherwise, where nothing could be written
+EPOCHS = 40  # of training at most: each goes through what is still wrong only
 
 
 class _Budget(NamedTuple):
     """What an update may cost: rewordings that a value is sought for and steps of that search,
-    made-up neighbours of every edit, prompts of the model's own, and epochs of training at most."""
+    made-up neighbours of every edit, and prompts of the model's own."""
 
     rewordings: int
     steps: int
     neighbours: int
     own_prompts: int
-    epochs: int
 
 
 BUDGETS = {
-    "fast": _Budget(rewordings=12, steps=20, neighbours=2, own_prompts=0, epochs=3),
-    "balanced": _Budget(rewordings=21, steps=30, neighbours=4, own_prompts=200, epochs=12),
-    "thorough": _Budget(rewordings=30, steps=40, neighbours=8, own_prompts=400, epochs=40),
+    "fast": _Budget(rewordings=12, steps=20, neighbours=2, own_prompts=0),
+    "balanced": _Budget(rewordings=21, steps=30, neighbours=4, own_prompts=200),
+    "thorough": _Budget(rewordings=30, steps=40, neighbours=8, own_prompts=400),
 }
 
 
@@ -52,26 +50,28 @@ class Auto:
     1. Edits whose subject stands once in the prompt are written at that subject into the MLPs of
        some layers (``MEMIT``), for the prompt and for what is left of it when words are missing
        (``rewordings``), while made-up neighbours stay. That carries over to other wordings as
-       training does not. What is not right then is written once or twice more.
+       training does not.
     2. Where a new answer is not right by then, or one to ``protect`` no longer what it was, all
-       weights are trained (``FullFT``) from there until they are, with the model's answers *before
-       the update* to ``protect``, to made-up neighbours and to prompts of its own held fast:
-       training learns what could not be written and is the whole method where no edit has a
-       subject, or the network adds up otherwise (Gemma 2 and 3; then it may take ``ALONE`` epochs
-       under any budget). Where nothing is wanting it would only move bystanders
-       (``train="always"`` trains all the same).
+       weights are trained (``FullFT``) from there until they are, on those alone (``skip_right``),
+       with the model's answers *before the update* to ``protect``, to made-up neighbours and to
+       prompts of its own held fast: training learns what could not be written and is the whole
+       method where no edit has a subject, or the network adds up otherwise (Gemma 2 and 3). What is
+       right already would only move bystanders (``train="always"`` trains all of it all the same,
+       until made-up neighbours hold, too).
     3. A delta is linear: of the strengths 0.5 to 1 the least is taken at which every new answer
        still holds that holds at 1, bare and behind neutral sentences that nothing was taught
        behind.
 
     ``stop`` is the loss at which a value is firm enough (``Search``): the smaller, the more
     wordings follow, and the more often the new answer also comes up where something else is asked
-    about the subject. ``budget`` decides how much of each is done (``BUDGETS``); ``rewordings``,
-    ``neighbours`` (of every edit, to be kept), ``own_prompts`` and ``epochs`` (0: nothing is
-    trained) go before it where they are given. ``write=False`` leaves out the first step. Step 3 is
-    made with ``least=True`` only: what it gains in neighbours it costs in wordings
-    (docs/results.md). Paraphrases and bystanders are never read: the notes say what the check found
-    on prompts made from the edits alone.
+    about the subject. ``closed``: the share of the way to the values that is written at least,
+    unless all answers are right before (``MEMIT``). ``budget`` decides how much of each is done
+    (``BUDGETS``); ``rewordings``, ``neighbours`` (of every edit, to be kept) and ``own_prompts`` go
+    before it where they are given. ``epochs``: of training at most (by default ``EPOCHS``; with 0
+    nothing is trained). ``write=False`` leaves out the first step. Step 3 is made with
+    ``least=True`` only: what it gains in neighbours it costs in wordings (docs/results.md).
+    Paraphrases and bystanders are never read: the notes say what the check found on prompts made
+    from the edits alone.
 
     In a home, ``keep_earlier`` protects what live updates taught as well.
 
@@ -79,7 +79,7 @@ class Auto:
     eight answer tokens of every protected prompt (see ``kept``).
     """
 
-    budget: Literal["fast", "balanced", "thorough"] = "balanced"
+    budget: Literal["fast", "balanced", "thorough"] = "fast"
     protect: tuple[str, ...] = ()
     write: bool = True
     preserve: float = 4000.0
@@ -94,6 +94,7 @@ class Auto:
     seed: int = 0
     rewordings: int | None = field(default=None, metadata={"later": True})
     stop: float = field(default=0.5, metadata={"later": True})
+    closed: float = field(default=0.65, metadata={"later": True})
     train: Literal["needed", "always"] = field(default="needed", metadata={"later": True})
 
     name: ClassVar[str] = "auto"
@@ -105,7 +106,7 @@ class Auto:
             raise BadSetting(f"budget must be one of {', '.join(BUDGETS)}, not {self.budget!r}.")
         if self.train not in ("needed", "always"):
             raise BadSetting(f"train must be needed or always, not {self.train!r}.")
-        if not (self.write or self._amounts.epochs):
+        if not self.write and self.epochs == 0:
             raise BadSetting("With write=False and epochs=0 nothing would be done.")
         self.parts  # noqa: B018 -- refuses what they refuse
 
@@ -118,7 +119,7 @@ class Auto:
     def _amounts(self) -> _Budget:
         given = {
             name: value
-            for name in ("rewordings", "neighbours", "own_prompts", "epochs")
+            for name in ("rewordings", "neighbours", "own_prompts")
             if (value := getattr(self, name)) is not None
         }
         return BUDGETS[self.budget]._replace(**given)
@@ -133,22 +134,24 @@ class Auto:
             steps=self._amounts.steps,
             stop=self.stop,
             preserve=self.preserve,
+            closed=self.closed,
             neighbours=self._amounts.neighbours,
             seed=self.seed,
         )
 
     @property
     def _tuner(self) -> FullFT | None:
-        if not self._amounts.epochs:
+        if self.epochs == 0:
             return None
         return FullFT(
-            epochs=self._amounts.epochs,
+            epochs=EPOCHS if self.epochs is None else self.epochs,
             lr=self.lr,
             batch_size=self.batch_size,
             protect=self.protect,
             protect_weight=self.protect_weight,
             neighbours=self._amounts.neighbours,
             own_prompts=self._amounts.own_prompts,
+            skip_right=self.train == "needed",
             seed=self.seed,
         )
 
@@ -168,8 +171,6 @@ class Auto:
             said.append("Every new answer is right as it was written, so nothing was trained.")
             notes |= {"epochs_trained": 0, "learned": True}
         elif (tuner := self._tuner) is not None:
-            if self.write and not len(total) and self.epochs is None:
-                tuner = replace(tuner, epochs=max(ALONE, tuner.epochs))
             trained = tuner.train(model, new_pairs(edits), start=total)
             total = total + trained.delta
             said.append(_told(trained, tuner))
@@ -200,27 +201,12 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     rest = f"{left} of {len(edits)} edits have no single subject in their prompt to be written at."
     if not writable:
         return Delta.nothing(), [rest]
-    total, missing = Delta.nothing(), writable
-    sentences: list[str] = []
-    for number in range(WRITINGS):
-        try:
-            with model.shifted(total):
-                written = writer.delta(model, missing).in_memory()
-        except (TrainingFailed, NotWritable) as error:  # not one can be written: they are trained
-            sentences += [] if number else [str(error)]
-            break
-        total = (total + written).in_memory()
-        sentences += (
-            [f"{len(missing)} whose new answer was not right yet were written once more."]
-            if number
-            else written.provenance["notes"]["sentences"]
-        )
-        with model.shifted(total):
-            right = learned(model, new_pairs(writable))
-        missing = [edit for edit, there in zip(writable, right, strict=True) if not there]
-        if not missing:
-            break
-    return total, [*sentences, rest] if left else sentences
+    try:
+        written = writer.delta(model, writable).in_memory()
+    except (TrainingFailed, NotWritable) as error:  # not one can be written: they are trained
+        return Delta.nothing(), [str(error), rest] if left else [str(error)]
+    sentences = written.provenance["notes"]["sentences"]
+    return written, [*sentences, rest] if left else sentences
 
 
 def _has_a_place(model: Model, edit: Edit, writer: MEMIT) -> bool:
