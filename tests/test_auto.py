@@ -15,7 +15,7 @@ from unwrite.methods.auto import Auto
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.testing import PEOPLE, check_method
-from unwrite.training import Pair, fine_tune, learned, new_pairs
+from unwrite.training import LEFT_TO_TRAIN, Pair, fine_tune, learned, new_pairs
 from unwrite.wordings import other_questions
 
 EDITS = [
@@ -316,6 +316,9 @@ def test_it_takes_prompts_to_protect_and_has_a_probe():
     probe = protection.probe_of(changed)
     assert (probe.epochs, probe.until, probe.protect) == (1, "epochs", ())
     assert protection._length(Auto()) > protection._length(probe)
+    alone = Auto(write=False)
+    assert protection._length(alone) == auto.EPOCHS / 2
+    assert protection._length(Auto()) == 1 + auto.EPOCHS / 2 * LEFT_TO_TRAIN
 
 
 def test_a_prompt_too_long_for_a_sentence_before_it_is_trained(model, method, monkeypatch):
@@ -345,7 +348,7 @@ def test_a_home_keeps_what_earlier_updates_taught(tmp_path, worlds, method):
 def test_a_plan_counts_its_training_and_its_writing(worlds, monkeypatch):
     """Of what follows a writing little is left to train, and all of what does not."""
     (tuner,) = Auto(write=False).parts
-    assert list(plan._recipes(Auto())) == [(tuner, plan.LEFT_TO_TRAIN)]
+    assert list(plan._recipes(Auto())) == [(tuner, LEFT_TO_TRAIN)]
     assert list(plan._recipes(Auto(write=False))) == [(tuner, 1.0)]
     always = replace(tuner, skip_right=False)
     assert list(plan._recipes(Auto(train="always"))) == [(always, 1.0)]

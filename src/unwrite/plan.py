@@ -35,7 +35,7 @@ from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
-from unwrite.training import Recipe
+from unwrite.training import LEFT_TO_TRAIN, Recipe
 from unwrite.values import Search
 
 BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
@@ -43,7 +43,6 @@ TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edi
 TYPICAL_ANSWER = 4  # tokens
 LARGEST_PROGRAM = 1 << 30  # bytes of a process that has loaded no model
 MOST_PROCESSES = 64  # that advice goes up to
-LEFT_TO_TRAIN = 0.05  # of rows and epochs, where most was written before (one to two epochs' steps)
 GENERATION_STEPS = 10  # tokens until a first sentence is complete, on average
 
 

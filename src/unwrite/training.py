@@ -50,6 +50,10 @@ from unwrite.own_text import own_prompts
 from unwrite.progress import Measured
 from unwrite.sharding import difference, divided
 
+# Of rows and epochs, what is likely to be left for ``skip_right`` after most was written: the steps
+# of one or two epochs of all rows (development draws of ``benchmarks.auto_study``).
+LEFT_TO_TRAIN = 0.05
+
 
 @dataclass(frozen=True)
 class Pair:
