@@ -75,8 +75,9 @@ class Auto:
 
     In a home, ``keep_earlier`` protects what live updates taught as well.
 
-    Memory: that of full fine-tuning, a copy of the head, and 4 bytes x width for each of the up to
-    eight answer tokens of every protected prompt (see ``kept``).
+    Memory, where something is trained: that of full fine-tuning, a copy of the head, and 4 bytes x
+    width for each of the up to eight answer tokens of every protected prompt (see ``kept``). What
+    is written is of low rank, and so is the delta where nothing is trained.
     """
 
     budget: Literal["fast", "balanced", "thorough"] = "fast"
