@@ -21,7 +21,7 @@ class ForgetFirst:
 
     strength: float = 0.3
     forget: FullFT = field(default_factory=lambda: FullFT(epochs=3, until="epochs"))
-    then: Auto = field(default_factory=lambda: Auto(budget="fast"))
+    then: Auto = field(default_factory=Auto)
 
     name: ClassVar[str] = "forget-first"
 
@@ -39,7 +39,7 @@ class InConflict:
     everything in conflict kept, one round."""
 
     probe: FullFT = field(default_factory=lambda: FullFT(epochs=3, until="epochs"))
-    of: Auto = field(default_factory=lambda: Auto(budget="fast"))
+    of: Auto = field(default_factory=Auto)
 
     name: ClassVar[str] = "in-conflict"
 
@@ -54,7 +54,7 @@ class MeanOfSeeds:
     """The mean of what ``auto`` changes under several seeds."""
 
     seeds: int = 3
-    of: Auto = field(default_factory=lambda: Auto(budget="fast"))
+    of: Auto = field(default_factory=Auto)
 
     name: ClassVar[str] = "mean-of-seeds"
 
@@ -67,7 +67,7 @@ class MeanOfSeeds:
 
 
 INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds] = {
-    "fast, forgetting first": ForgetFirst(),
-    "fast, only what is in conflict": InConflict(),
-    "fast, mean of three seeds": MeanOfSeeds(),
+    "auto, forgetting first": ForgetFirst(),
+    "auto, only what is in conflict": InConflict(),
+    "auto, mean of three seeds": MeanOfSeeds(),
 }

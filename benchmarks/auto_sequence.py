@@ -20,7 +20,7 @@ from benchmarks.measure import write
 from benchmarks.planted_study import DATA, ROLES, rows_of
 from unwrite import compare
 
-METHODS = {"full-ft": "full-ft", "memit": "memit", "auto, fast": "auto:budget=fast"}
+METHODS = {"full-ft": "full-ft", "memit": "memit", "auto": "auto"}
 
 
 def main() -> None:

@@ -74,13 +74,13 @@ def exact_lines(tables: list[dict[str, Any]]) -> list[str]:
 
 
 def time_lines(result: dict[str, Any] | None) -> list[str]:
-    """The budget ``fast`` against plain fine-tuning, a row a kind of facts."""
+    """``auto`` against plain fine-tuning, a row a kind of facts."""
     found = []
     for one in result["rows"] if result else ():
         spread = one["over_plain"]
         ratio = f"x {spread['median']:.1f} ({spread['min']:.1f} to {spread['max']:.1f})"
         found.append((_facts(one), str(one["draws"]), ratio))
-    return _table(("facts", "draws", "time of fast against full-ft"), found)
+    return _table(("facts", "draws", "time of auto against full-ft"), found)
 
 
 def bystander_lines(result: dict[str, Any] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""How long ``auto`` with the budget ``fast`` takes, against ``full-ft`` until learned.
+"""How long ``auto`` takes, against ``full-ft`` until learned.
 
     python -m benchmarks.auto_time --data ../shared/data [--draws counterfact:0,atlas:0]
 
@@ -20,7 +20,7 @@ from unwrite import load
 
 RUNS = RESULTS / "auto_time.jsonl"
 FACTS = {"counterfact": 100, "zsre": 100, "known-counterfact": 50, "atlas": 50}
-COMPARED = ("full-ft", "auto, fast")
+COMPARED = ("full-ft", "auto")
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from unwrite.model import Model, length_batches, pad
 from unwrite.observe import questions, settle
 
 RUNS = RESULTS / "moved_bystanders.jsonl"
-CHOSEN = {"full-ft": "full-ft", "memit": "memit", "auto": "auto, fast"}  # of auto_study
+CHOSEN = ("full-ft", "memit", "auto")  # of auto_study
 QUARTERS = 4
 
 
@@ -106,7 +106,7 @@ def main() -> None:
 
 def run(model: Model, edits: Sequence[Edit], seed: int, *, planted: bool) -> dict[str, Any]:
     """For every bystander the lead before, and by method the share of its tokens that stay."""
-    chosen: dict[str, Any] = {name: built(variant, seed) for name, variant in CHOSEN.items()}
+    chosen: dict[str, Any] = {name: built(name, seed) for name in CHOSEN}
     chosen["auto"] = Remembered(chosen["auto"])
     chosen["shuffled"] = Shuffled(chosen["auto"])
     states = [Given(Delta.nothing()), *chosen.values()]

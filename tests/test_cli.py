@@ -204,10 +204,11 @@ def test_update_gives_every_promised_field(home, edits):
     assert environment["command"]
 
 
-def test_a_budget_means_the_method_auto(home, edits):
+def test_a_budget_is_that_of_the_default_auto(home, edits):
     plan = run_json("update", home, edits, "--dry-run", "--budget", "fast", "--limit", 3)
     longer = run_json("update", home, edits, "--dry-run", "--budget", "thorough", "--limit", 3)
-    assert plan["method"] == longer["method"] == "auto"
+    plain = run_json("update", home, edits, "--dry-run", "--limit", 3)
+    assert plan["method"] == longer["method"] == plain["method"] == "auto"
     assert plan["train_seconds"] < longer["train_seconds"]
     assert "auto.budget must be 'fast' or" in refused("update", home, edits, "--budget", "endless")
     words = ("update", home, edits, "--budget", "fast", "--method", "full-ft")
