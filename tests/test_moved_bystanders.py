@@ -26,11 +26,11 @@ def test_a_lead_is_the_least_over_the_answer(worlds):
 def test_a_run_tells_of_every_bystander_and_leaves_the_model_alone(worlds, monkeypatch):
     monkeypatch.setattr(method_defaults, "PLANTING", FullFT(epochs=1, until="epochs", lr=1e-4))
     variants = {
-        "plain": {"method": "full-ft", "epochs": "2"},
-        "small": {"method": "auto", "write": "false", "own_prompts": "0"},
+        "full-ft": {"method": "full-ft", "epochs": "2"},
+        "auto": {"method": "auto", "write": "false", "own_prompts": "0"},
     }
     monkeypatch.setattr(auto_study, "VARIANTS", variants)
-    monkeypatch.setattr(moved_bystanders, "CHOSEN", {"full-ft": "plain", "auto": "small"})
+    monkeypatch.setattr(moved_bystanders, "CHOSEN", ("full-ft", "auto"))
     world = worlds()
     model = unwrite.load(world.folder)
     before = model.fingerprint
