@@ -35,8 +35,8 @@ from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
-from unwrite.training import LEFT_TO_TRAIN, Recipe
-from unwrite.values import Search
+from unwrite.training import Recipe
+from unwrite.values import Search, share_left
 
 BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
 TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edit
@@ -392,13 +392,11 @@ def _said(layout: Layout) -> str:
 
 def _recipes(method: Any) -> Iterator[tuple[Recipe, float]]:
     """Every training run inside a method (a method may hold others as fields, or as ``parts`` that
-    it makes up by itself), and how often it is likely to be made. After a part that writes, one
-    that leaves out what is right has little left to do."""
+    it makes up by itself), and how often it is likely to be made."""
     parts = methods.parts_of(method)
-    written = any(isinstance(part, Search) for part in parts)
     for part in parts:
         for recipe, times in _recipes(part):
-            yield recipe, LEFT_TO_TRAIN if written and recipe.skip_right else times
+            yield recipe, times * share_left(recipe, parts)
     if isinstance(method, Recipe):
         yield method, 1.0
     elif dataclasses.is_dataclass(method):

@@ -40,8 +40,7 @@ from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods import fields_named, parts_of, replaced, settings_of
 from unwrite.model import Model
 from unwrite.prompts import Protected
-from unwrite.training import LEFT_TO_TRAIN
-from unwrite.values import Search
+from unwrite.values import share_left
 
 PROBE = 0.1  # of the epochs of the planned update
 OBSERVED = 30  # prompts that are measured on the probe (METHODS 5.4)
@@ -438,20 +437,19 @@ def _growth_met(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None
     return times, float(np.sqrt(((final - times * probed) ** 2).mean()))
 
 
-def _length(method: Any, *, written: bool = False) -> float:
-    """Epochs that a method is likely to train in all: half of them where it may stop early, and few
-    of those that go through what another part has not ``written``. A writing counts as one."""
-    inner = list(parts_of(method))
-    writes = any(isinstance(part, Search) for part in inner)
-    own = 0.0 if inner else float(getattr(method, "epochs", 0))
+def _length(method: Any, share: float = 1.0) -> float:
+    """Epochs that a method is likely to train in all: half of them where it may stop early, and of
+    its own the ``share`` that is likely to be left. A writing counts as one."""
+    parts = parts_of(method)
+    own = 0.0 if parts else float(getattr(method, "epochs", 0))
     if getattr(method, "until", "epochs") == "learned":
         own /= 2
-    if written and getattr(method, "skip_right", False):
-        own *= LEFT_TO_TRAIN
-    inner += [getattr(method, field.name) for field in dataclasses.fields(method)]
+    own *= share
+    inner = [*parts, *(getattr(method, field.name) for field in dataclasses.fields(method))]
     nested = [one for one in inner if dataclasses.is_dataclass(one) and not isinstance(one, type)]
     rounds = getattr(method, "rounds", 1)
-    return max(1.0, rounds / 2) * max(own + sum(_length(one, written=writes) for one in nested), 1)
+    total = own + sum(_length(one, share_left(one, parts)) for one in nested)
+    return max(1.0, rounds / 2) * max(total, 1.0)
 
 
 def _outcome(lost: float, margin: float) -> dict[str, Any]:

@@ -50,10 +50,6 @@ from unwrite.own_text import own_prompts
 from unwrite.progress import Measured
 from unwrite.sharding import difference, divided
 
-# Of rows and epochs, what is likely to be left for ``skip_right`` after most was written: the steps
-# of one or two epochs of all rows (development draws of ``benchmarks.auto_study``).
-LEFT_TO_TRAIN = 0.05
-
 
 @dataclass(frozen=True)
 class Pair:
@@ -548,8 +544,11 @@ class _Run:
         if not self.recipe.skip_right:
             return next(itertools.chain(found, moved), None) is None
         wrong = {taught[place] for place in found}
-        right = set(taught) - wrong
-        self.left = [number for number in range(len(course.rows)) if number not in right]
+        self.left = [
+            number
+            for number, (pair, _) in enumerate(course.rows)
+            if number in wrong or pair.weight <= 0
+        ]
         self.moved = self._shuffled(list(moved))
         return not (wrong or self.moved)
 
@@ -558,10 +557,8 @@ class _Run:
         those to ``protect`` only."""
         if self.guard is None:
             return
-        waited = list(range(len(self.guard.prompts)))
-        if self.recipe.skip_right:
-            named = set(self.recipe.protect)
-            waited = [number for number in waited if self.guard.prompts[number] in named]
+        named = set(self.recipe.protect if self.recipe.skip_right else self.guard.prompts)
+        waited = [number for number, prompt in enumerate(self.guard.prompts) if prompt in named]
         for place in self._wrong([self.guard.sequences[number] for number in waited]):
             yield waited[place]
 
