@@ -1,6 +1,9 @@
 """How long ``import unwrite`` and ``unwrite --help`` take, beside a bare interpreter.
 
-python -m benchmarks.startup [--repeats 10]
+    python -m benchmarks.startup [--repeats 10]
+
+And, what a command that needs torch cannot be faster than: starting torch and ending, as Python
+does by itself and as our command line does.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import statistics
 import subprocess
 import sys
 
-from benchmarks.measure import in_turns, write
+from benchmarks.measure import in_turns, ratio, write
+
+ENDING = "import atexit, gc; atexit.register(gc.freeze)"  # ``cli.main``
 
 
 def main() -> None:
@@ -22,6 +27,8 @@ def main() -> None:
         "python": ["-c", "pass"],
         "import_unwrite": ["-c", "import unwrite"],
         "unwrite_help": ["-m", "unwrite", "--help"],
+        "torch": ["-c", "import torch"],
+        "torch_as_the_command_line_ends": ["-c", f"{ENDING}; import torch"],
     }
     seconds = in_turns(
         {
@@ -36,6 +43,9 @@ def main() -> None:
         "startup",
         {
             "seconds_median": {name: statistics.median(values) for name, values in seconds.items()},
+            "torch_over_torch_as_the_command_line_ends": ratio(
+                seconds["torch"], seconds["torch_as_the_command_line_ends"]
+            ),
             "seconds": seconds,
         },
     )

@@ -377,6 +377,11 @@ def rows() -> list[str]:
             "0.3 s; 0.5 s",
         ),
         row(
+            "starting torch and ending, as Python does, against ending as `unwrite` does",
+            spread(startup["torch_over_torch_as_the_command_line_ends"], 2),
+            "-",
+        ),
+        row(
             f"{test['facts']} known atlas facts (test split) by the defaults, one seed: "
             "reliability / generality / locality, token form",
             " / ".join(f"{100 * test['token'][name]:.1f}" for name in test["token"]) + " %",

@@ -627,6 +627,18 @@ class Written:
         return True
 
 
+def test_the_end_of_a_command_is_not_spent_looking_for_cycles():
+    """What is registered first is called last: it sees what the command left to the collector."""
+    script = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count()))\n"
+        "from unwrite.cli import main; sys.argv = ['unwrite', '--help']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=True
+    )
+    assert int(done.stdout.split()[-1]) > 1000
+
+
 def test_a_pipe_that_is_closed_early_is_no_error(home):
     with contextlib.ExitStack() as stack:
         process = subprocess.Popen(

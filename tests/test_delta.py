@@ -302,6 +302,25 @@ def test_a_scaled_difference_is_made_in_one_tensor_with_the_bits_of_two():
     assert scaled.provenance == {"by": "hand"}
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_difference_is_composed_without_being_held_and_to_the_same_bits(dtype):
+    draw = torch.Generator().manual_seed(1)
+    base, *others = (
+        Weights.from_tensors({"x": torch.randn(70_001, generator=draw).to(dtype)}) for _ in range(3)
+    )
+    parts = [Delta.between(base, others[0]), -0.3 * Delta.between(base, others[1])]
+    held = [part.in_memory() for part in parts]
+    with patch("unwrite.delta._difference", side_effect=AssertionError("held")):
+        found = compose(base, parts, "x")
+    assert same_bits(found, compose(base, held, "x"))
+
+
+def test_a_difference_of_other_shapes_is_not_composed():
+    base, other = (Weights.from_tensors({"x": torch.ones(size)}) for size in (6, 3))
+    with pytest.raises(TensorMismatch, match=r"changes 'x' in shape \(3,\)"):
+        compose(base, [Delta.between(other, other)], "x")
+
+
 @pytest.mark.parametrize("step", [1e-5, 3e-5, 1e-4, 3e-4, 1e-3])
 def test_realised_differences_of_bf16_weights_are_exact_both_ways(step):
     """The table of DESIGN, appendix A: subtracting what was intended is not exact."""

@@ -6,6 +6,8 @@ nothing was committed; 130 interrupted, nothing half-done.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -823,6 +825,9 @@ def main() -> None:
 
     Under ``accelerate launch`` the first process runs the command, and the others follow it.
     """
+    # A process that ends need not look for cycles in what it drops; in torch's modules that takes
+    # half as long as importing them.
+    atexit.register(gc.freeze)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
             signal.signal(number, _terminate)

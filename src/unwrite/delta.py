@@ -142,6 +142,11 @@ class Delta(Mapping[str, Change]):
             raise KeyError(name)
         return self._read(name)
 
+    def add_to(self, total: torch.Tensor, name: str, base: Weights) -> None:
+        """Add the change of one tensor of ``base`` to a contiguous fp32 sum in place, as
+        ``add_into`` does. Raises ``TensorMismatch`` for a change of another shape."""
+        add_into(total, _fitting(self, name, base))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -333,6 +338,13 @@ class _Between(Delta):
 
     __rmul__ = __mul__
 
+    def add_to(self, total: torch.Tensor, name: str, base: Weights) -> None:
+        """The same bits piece by piece: the difference is never held as a whole."""
+        before, after = (weights[name].detach().cpu() for weights in self._sides)
+        _check_shape(tuple(after.shape), name, base)
+        for piece, start, end in in_step(total, before, after):
+            piece += _subtracted(torch.empty_like(piece), start, end, self._strengths)
+
 
 class Prefix(Delta):
     """Not a change, but what the base and the first changes of a state add up to: fp32, before it
@@ -358,36 +370,48 @@ def compose(
     if not live:
         return tensor
     _check_changeable(base, [name])
-    shape, dtype = tuple(tensor.shape), dtype or tensor.dtype
+    dtype = dtype or tensor.dtype
     if isinstance(live[0], Prefix):  # it has the base in it
-        tensor = _fitting(live.pop(0), name, base, shape).dense()
+        tensor = _fitting(live.pop(0), name, base).dense()
     total = _cast(tensor, torch.float32)
     del tensor  # the changes are as large
     for delta in live:
-        add_into(total, _fitting(delta, name, base, shape))
+        delta.add_to(total, name, base)
     return total if dtype == torch.float32 else _cast(total, dtype)
 
 
-def _fitting(delta: Delta, name: str, base: Weights, shape: tuple[int, ...]) -> Change:
+def _fitting(delta: Delta, name: str, base: Weights) -> Change:
     """The delta's change of a tensor of ``base``; ``TensorMismatch`` if it is of another shape."""
     change = delta[name]
-    if change.shape != shape:
-        raise TensorMismatch(
-            f"A delta changes {name!r} in shape {change.shape}, and in {base.source} it has "
-            f"shape {shape}. Use the model that the delta was made for."
-        )
+    _check_shape(change.shape, name, base)
     return change
+
+
+def _check_shape(shape: tuple[int, ...], name: str, base: Weights) -> None:
+    if shape != base.shape(name):
+        raise TensorMismatch(
+            f"A delta changes {name!r} in shape {shape}, and in {base.source} it has "
+            f"shape {base.shape(name)}. Use the model that the delta was made for."
+        )
 
 
 def _difference(
     before: torch.Tensor, after: torch.Tensor, strengths: Sequence[float]
 ) -> torch.Tensor:
     result = empty_tensor(after.shape, torch.float32)
-    for part, start, end in in_step(result, before.detach().cpu(), after.detach().cpu()):
-        part.copy_(end).sub_(start.float())
-        for strength in strengths:
-            part *= strength
+    for piece, start, end in in_step(result, before.detach().cpu(), after.detach().cpu()):
+        _subtracted(piece, start, end, strengths)
     return result
+
+
+def _subtracted(
+    piece: torch.Tensor, start: torch.Tensor, end: torch.Tensor, strengths: Sequence[float]
+) -> torch.Tensor:
+    """``end - start`` in fp32, times one strength after the other, written into ``piece``."""
+    piece.copy_(end).sub_(start.float())
+    for strength in strengths:
+        piece *= strength
+    return piece
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
