@@ -1,4 +1,5 @@
-"""Ingredients of the papers that are no option of ``auto``, put around it for ``auto_study``."""
+"""What is no option of ``auto``, put around it for ``auto_study``: ingredients of the papers, and
+edits whose subject is not told."""
 
 from __future__ import annotations
 
@@ -66,8 +67,22 @@ class MeanOfSeeds:
         return total
 
 
-INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds] = {
+@dataclass(frozen=True)
+class WithoutSubjects:
+    """``auto`` on edits that do not say what their subject is."""
+
+    of: Auto = field(default_factory=Auto)
+
+    name: ClassVar[str] = "without-subjects"
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        return self.of.delta(model, [replace(edit, subject=None) for edit in edits])
+
+
+INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds | WithoutSubjects] = {
     "auto, forgetting first": ForgetFirst(),
     "auto, only what is in conflict": InConflict(),
     "auto, mean of three seeds": MeanOfSeeds(),
+    "auto, subjects guessed": WithoutSubjects(),
+    "auto, subjects unknown": WithoutSubjects(Auto(guess_subjects=False)),
 }

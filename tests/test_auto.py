@@ -82,7 +82,7 @@ def test_every_new_answer_is_learned_and_the_notes_say_what_was_chosen(model, me
     assert 0 < notes["strength"] <= 1
 
 
-def test_probes_of_the_records_are_never_read(model, method):
+def test_probes_of_the_records_are_never_read(model, method, monkeypatch):
     """Paraphrases, bystanders and portability questions change no bit of the delta: not even
     looking at them is allowed."""
 
@@ -103,8 +103,11 @@ def test_probes_of_the_records_are_never_read(model, method):
         )
 
     method = replace(method, rewordings=4)
+    monkeypatch.setattr(auto, "guessed_subject", lambda prompt: prompt.split()[-1])
     plain = method.delta(model, EDITS)
-    blind = method.delta(model, [judged(edit) for edit in EDITS])
+    given = [judged(edit) for edit in EDITS]
+    object.__setattr__(given[0], "subject", None)
+    blind = method.delta(model, given)
     assert set(plain) == set(blind)
     for name in plain:
         assert torch.equal(plain[name].dense(), blind[name].dense())
@@ -119,6 +122,22 @@ def test_edits_without_a_subject_are_trained(model, method):
         assert torch.equal(delta[name].dense(), trained[name].dense())
     assert "4 of 4 edits have no single subject" in delta.provenance["notes"]["sentences"][0]
     assert delta.provenance["notes"]["check"]["neighbours_kept"] is None
+
+
+def test_a_subject_that_is_guessed_is_as_good_as_one_that_is_given(model, method, monkeypatch):
+    monkeypatch.setattr(auto, "guessed_subject", lambda prompt: prompt.split()[-1])
+    given = method.delta(model, EDITS)
+    without = [replace(edit, subject=None) if number else edit for number, edit in enumerate(EDITS)]
+    guessed = method.delta(model, without)
+    assert guessed.provenance["notes"]["sentences"][0] == (
+        "3 of 4 edits came without a subject; it was guessed from the prompt, like 'bram' in "
+        "'the home of bram'."
+    )
+    assert set(given) == set(guessed)
+    for name in given:
+        assert torch.equal(given[name].dense(), guessed[name].dense())
+    told = replace(method, guess_subjects=False).delta(model, without)
+    assert "3 of 4 edits have no single subject" in " ".join(told.provenance["notes"]["sentences"])
 
 
 def test_where_nothing_can_be_written_all_is_trained(worlds, method):

@@ -9,12 +9,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, NotWritable, TrainingFailed
+from unwrite.formats import shown
 from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.model import Model, Tokens, readable
 from unwrite.neighbours import neighbours
 from unwrite.observe import neutral_text, perplexity
+from unwrite.subjects import guessed_subject
 from unwrite.training import Trained, learned, neutral_contexts, new_pairs
 from unwrite.wordings import other_questions
 
@@ -73,7 +75,8 @@ class Auto:
     Paraphrases and bystanders are never read: the notes say what the check found on prompts made
     from the edits alone.
 
-    In a home, ``keep_earlier`` protects what live updates taught as well.
+    Edits without a subject get the only name in their prompt (``subjects.guessed_subject``), unless
+    ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught as well.
 
     Memory, where something is trained: that of full fine-tuning, a copy of the head, and 4 bytes x
     width for each of the up to eight answer tokens of every protected prompt (see ``kept``). What
@@ -97,6 +100,7 @@ class Auto:
     stop: float = field(default=0.5, metadata={"later": True})
     closed: float = field(default=0.65, metadata={"later": True})
     train: Literal["needed", "always"] = field(default="needed", metadata={"later": True})
+    guess_subjects: bool = field(default=True, metadata={"later": True})
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = "ours; MEMIT (2210.07229), then fine-tuning under a KL penalty"
@@ -165,6 +169,9 @@ class Auto:
     def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
         """Raises what fine-tuning raises, and ``TrainingFailed`` where nothing can be written and
         nothing is to be trained. The notes say what was chosen, why, and what it did."""
+        guessed: list[str] = []
+        if self.guess_subjects:
+            edits, guessed = _with_subjects(edits)
         check = _Check.of(model, edits, self._amounts, self.protect, self.seed)
         total, said = _written(model, edits, self._writer)
         notes: dict[str, Any] = {"budget": self.budget, **self._amounts._asdict()}
@@ -185,12 +192,29 @@ class Auto:
             said.append(f"{100 * strength:.0f} % of that suffices, and is what was kept.")
         found = check.found(model, total)
         total.provenance["notes"] = {
-            "sentences": [*said, found.sentence()],
+            "sentences": [*guessed, *said, found.sentence()],
             "strength": strength,
             "check": found._asdict(),
             **notes,
         }
         return total
+
+
+def _with_subjects(edits: Sequence[Edit]) -> tuple[list[Edit], list[str]]:
+    """The edits, each without a subject with the one that its prompt suggests, if it does; and a
+    sentence about those."""
+    guesses = {
+        number: Edit(edit.prompt, edit.new, edit.old, subject, id=edit.id)
+        for number, edit in enumerate(edits)
+        if edit.subject is None and (subject := guessed_subject(edit.prompt))
+    }
+    if not guesses:
+        return list(edits), []
+    first = next(iter(guesses.values()))
+    return [guesses.get(number, edit) for number, edit in enumerate(edits)], [
+        f"{len(guesses)} of {len(edits)} edits came without a subject; it was guessed from the "
+        f"prompt, like {shown(str(first.subject))} in {shown(first.prompt)}."
+    ]
 
 
 def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple[Delta, list[str]]:

@@ -1,0 +1,87 @@
+"""The subject of a prompt that came without one: the only name in it.
+
+What is written into a model is written at a subject (``values``). Many files of edits do not say
+what theirs is, and yet most prompts have a single name, which is what they ask about: "The capital
+of *France* is". A name is a run of words that begin with a capital letter or a digit, with small
+words between them ("of", "von"). Where there is none, or more than one, nothing is guessed; nor
+where a noun may follow it ("the *SI* unit of time"). The rules are those of English.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+# Words that stand at the head of a sentence with a capital letter and are no names.
+OPENING = frozenset(
+    """a an and answer are as at be before by can could did do does during each every for from had
+    has have he her his how if in into is it its list my name of on one our please question she
+    since tell that the their there these they this those to under until was were what when where
+    which while who whom whose why will with within without would you your""".split()
+)
+BETWEEN = frozenset("a and da de del della der des di du el for la le los of the van von y &".split())
+# What may follow the subject of a sentence, beside words with one of these endings.
+VERBS = OPENING | frozenset(
+    """became began came died fell first found grew held lay led lies lost made may met might must or
+    rose sang shall should spoke stood took went won wrote""".split()
+)
+ENDINGS = ("s", "ed", "ly")
+OPENED, CLOSED = "([\"'“‘«", ")].,;:?\"'”’»"
+POSSESSIVE = re.compile(r"['’]s$")
+INITIAL = re.compile(r"(?:^|[\s.])\w\.$|\b(?:Jr|Sr|St|Co|Inc|Ltd)\.$")  # keeps its full stop
+
+
+def guessed_subject(prompt: str) -> str | None:
+    """The only name in a prompt, standing there once; ``None`` where that is not clear."""
+    found = list(_names(prompt))
+    if len(found) != 1 or prompt.count(found[0]) != 1:
+        return None
+    rest = prompt.partition(found[0])[2]
+    following = re.match(r" (\w+)", rest)
+    if following is None or "?" in rest:  # in a question any verb may follow: "did France win"
+        return found[0]
+    word = following[1].lower()
+    return found[0] if word in VERBS or word.endswith(ENDINGS) else None
+
+
+def _names(prompt: str) -> Iterator[str]:
+    words = list(re.finditer(r"\S+", prompt))
+    named = [_begins_as_a_name(word[0]) for word in words]
+    for number, word in enumerate(words):
+        heads = number == 0 or words[number - 1][0][-1] in ".?!:"
+        if heads and word[0].lower() in OPENING:
+            named[number] = False
+    next_free = 0
+    for first, is_name in enumerate(named):
+        if is_name and first >= next_free:
+            last = _last_of(first, [word[0] for word in words], named)
+            next_free = last + 1
+            yield _trimmed(prompt[words[first].start() : words[last].end()])
+
+
+def _begins_as_a_name(word: str) -> bool:
+    letter = word.lstrip(OPENED)[:1]
+    return letter.isupper() or letter.isdigit()
+
+
+def _last_of(first: int, words: list[str], named: list[bool]) -> int:
+    """Where a name that begins at ``first`` ends."""
+    last = first
+    while words[last][-1] not in ",;:?" and not POSSESSIVE.search(words[last]):
+        following = last + 1
+        while following < len(words) and words[following] in BETWEEN:
+            following += 1
+        if following == len(words) or not named[following]:
+            break
+        last = following
+    return last
+
+
+def _trimmed(name: str) -> str:
+    """Without the punctuation around it."""
+    name = POSSESSIVE.sub("", name.lstrip(OPENED) if name[0] not in "([" else name)
+    while name[-1] in CLOSED and not INITIAL.search(name):
+        if name[-1] in ")]" and any(bracket in name for bracket in "(["):
+            break
+        name = POSSESSIVE.sub("", name[:-1])
+    return name
