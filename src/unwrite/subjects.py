@@ -19,7 +19,9 @@ OPENING = frozenset(
     since tell that the their there these they this those to under until was were what when where
     which while who whom whose why will with within without would you your""".split()
 )
-BETWEEN = frozenset("a and da de del della der des di du el for la le los of the van von y &".split())
+BETWEEN = frozenset(
+    "a and da de del della der des di du el for la le los of the van von y &".split()
+)
 # What may follow the subject of a sentence, beside words with one of these endings.
 VERBS = OPENING | frozenset(
     """became began came died fell first found grew held lay led lies lost made may met might must or
