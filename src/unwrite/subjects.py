@@ -12,20 +12,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Words that stand at the head of a sentence with a capital letter and are no names.
-OPENING = frozenset(
+OPENING = _words(
     """a an and answer are as at be before by can could did do does during each every for from had
     has have he her his how if in into is it its list my name of on one our please question she
     since tell that the their there these they this those to under until was were what when where
-    which while who whom whose why will with within without would you your""".split()
+    which while who whom whose why will with within without would you your"""
 )
-BETWEEN = frozenset(
-    "a and da de del della der des di du el for la le los of the van von y &".split()
-)
+BETWEEN = _words("a and da de del della der des di du el for la le los of the van von y &")
 # What may follow the subject of a sentence, beside words with one of these endings.
-VERBS = OPENING | frozenset(
-    """became began came died fell first found grew held lay led lies lost made may met might must or
-    rose sang shall should spoke stood took went won wrote""".split()
+VERBS = OPENING | _words(
+    """became began came died fell first found grew held lay led lies lost made may met might must
+    or rose sang shall should spoke stood took went won wrote"""
 )
 ENDINGS = ("s", "ed", "ly")
 OPENED, CLOSED = "([\"'“‘«", ")].,;:?\"'”’»"
