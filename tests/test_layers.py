@@ -26,6 +26,7 @@ LAYERS = [
         "hub",
         "logbook",
         "prompts",
+        "subjects",
         "data",
         "tasks",
         "task_bank",
