@@ -33,6 +33,7 @@ def blocks() -> dict[str, list[str]]:
         "auto, time": time_lines(measured("auto_time")),
         "auto, bystanders": bystander_lines(measured("moved_bystanders")),
         "auto, sequence": sequence_lines(sequence["rows"] if sequence else []),
+        "auto, subjects": subject_lines(measured("subject_guesses")),
     }
 
 
@@ -113,6 +114,23 @@ def sequence_lines(rows: list[dict[str, Any]]) -> list[str]:
         for one in rows
     ]
     return _table(("method", "updates", *shares, "perplexity"), found)
+
+
+def subject_lines(result: dict[str, Any] | None) -> list[str]:
+    """Subjects guessed from test prompts."""
+    found = [
+        (
+            one["kind"],
+            str(one["prompts"]),
+            *(percent(one[part] / one[whole]) for part, whole in PARTS),
+        )
+        for one in (result["rows"] if result else ())
+        if one["split"] == "test"
+    ]
+    return _table(("facts", "prompts", "guessed", "right", "ending where it does"), found)
+
+
+PARTS = (("guessed", "prompts"), ("right", "guessed"), ("ends_there", "guessed"))
 
 
 def _rows(

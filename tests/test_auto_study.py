@@ -15,6 +15,7 @@ from benchmarks import (
     auto_tables,
     auto_time,
     method_defaults,
+    subject_guesses,
 )
 from benchmarks.planted_study import rows_of
 from unwrite import Edit, FullFT
@@ -154,6 +155,29 @@ def test_a_sequence_tells_what_is_left_of_earlier_updates(tmp_path, monkeypatch,
     assert row["retained"] == second["reliability_by_chunk"][0]["token"]
     assert row["perplexity_ratio"] == second["perplexity"] / whole["perplexity"]["before"]
     assert auto_tables.sequence_lines([row])[2].startswith("| full-ft | 2 | ")
+
+
+def test_subjects_that_are_not_told_are_guessed_or_not_known(worlds):
+    model, edits = unwrite.load(worlds().folder), worlds().edits[:3]
+    guessing = auto_ingredients.WithoutSubjects(trained_auto())
+    untold = [replace(edit, subject=None) for edit in edits]
+    assert same(guessing.delta(model, edits), trained_auto().delta(model, untold))
+    assert auto_ingredients.INGREDIENTS["auto, subjects guessed"].of.guess_subjects
+    assert not auto_ingredients.INGREDIENTS["auto, subjects unknown"].of.guess_subjects
+
+
+def test_guesses_are_judged_by_the_subject_of_the_record():
+    edits = [
+        Edit("The capital of France is", "Lyon", subject="France"),
+        Edit("Who wrote The Lord of Peaks?", "Ann", subject="Lord of Peaks"),
+        Edit("Isoetes sinensis's status is", "safe", subject="Isoetes sinensis"),
+        Edit("In Spain, Rome is", "far", subject="Rome"),
+        Edit("The home of Ben is", "far"),
+    ]
+    found = subject_guesses.counted(edits)
+    assert found == {"prompts": 4, "guessed": 3, "right": 1, "ends_there": 2}
+    rows = [{"split": "test", "kind": "atlas"} | found]
+    assert auto_tables.subject_lines({"rows": rows})[2:] == ["| atlas | 4 | 75.0 | 33.3 | 66.7 |"]
 
 
 def trained_auto(**settings):
