@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from unwrite import console
 from unwrite.cli import app
 from unwrite.console import PLAIN, SCORE_COLUMNS, Terminal, score_rows
-from unwrite.progress import Bytes, amount
+from unwrite.progress import AtMost, Bytes, amount
 from unwrite.scores import ROLES, from_json
 
 FIGURES = {
@@ -108,15 +108,17 @@ def test_the_option_holds_for_one_command(monkeypatch):
         (3, 7, "3 of 7"),
         (1_200_000, Bytes(4_000_000_000), "1.2 MB of 4.0 GB"),
         (0, Bytes(0), "0 bytes of 0 bytes"),
+        (3, AtMost(7), "3 of at most 7"),
     ],
 )
-def test_bytes_are_told_as_sizes(done, total, told, monkeypatch, capsys):
+def test_bytes_are_told_as_sizes_and_bounds_as_bounds(done, total, told, monkeypatch, capsys):
     assert amount(done, total) == told
     monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
     if done:
         with Terminal().stage("working", total) as advance:
             advance(done, "")
-        assert f"working: {told}, about" in capsys.readouterr().err
+        bound = "at most" if isinstance(total, AtMost) else "about"
+        assert f"working: {told}, {bound} " in capsys.readouterr().err
 
 
 def test_a_bar_tells_sizes_too():
@@ -126,3 +128,11 @@ def test_a_bar_tells_sizes_too():
         bars.update(task, advance=2)
     shown = [console._Amount().render(task).plain.strip() for task in bars.tasks]
     assert shown == ["2 bytes of 4.0 GB", "2/7"]
+
+
+def test_a_bar_tells_a_bound_until_the_work_is_done():
+    bars = Progress(console._Remaining())
+    for total, done in ((AtMost(7), 2), (7, 2), (AtMost(7), 7)):
+        bars.update(bars.add_task("x", total=total, remark=""), advance=done)
+    shown = [console._Remaining().render(task).plain.startswith("≤ ") for task in bars.tasks]
+    assert shown == [True, False, False]

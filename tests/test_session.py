@@ -21,6 +21,7 @@ from unwrite.errors import (
     UpdateDiscarded,
 )
 from unwrite.files import only_writer
+from unwrite.progress import AtMost
 from unwrite.session import PATIENCE, Order, Progress, Session, Stopped
 
 QUICK = unwrite.FullFT(lr=2e-3, epochs=60)
@@ -409,7 +410,7 @@ def test_what_is_no_home_has_no_session(tmp_path):
 def test_progress_is_seen_and_stopped():
     progress, heard = Progress(), []
     progress.hears = heard.append
-    with progress.stage("outer", 4) as outer, progress.stage("inner", 2) as inner:
+    with progress.stage("outer", AtMost(4)) as outer, progress.stage("inner", 2) as inner:
         outer(1, "")
         inner(1, "\x1b[31mred")
         seen = progress.as_json()
@@ -419,6 +420,7 @@ def test_progress_is_seen_and_stopped():
         ]
         assert seen[1]["remark"] == "[U+001B][31mred"
         assert seen[0]["seconds_left"] >= 0
+        assert [one["at_most"] for one in seen] == [True, False]
         progress.say("one thing")
         progress.stop()
         for report in (lambda: outer(1, ""), lambda: progress.say("more")):

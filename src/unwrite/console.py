@@ -35,7 +35,7 @@ from rich.text import Text
 
 from unwrite.formats import hidden
 from unwrite.logbook import Logbook
-from unwrite.progress import Advance, Bytes, Measured, amount
+from unwrite.progress import Advance, AtMost, Bytes, Measured, amount
 from unwrite.scores import ROLES, Scores
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Terminal:
                 BarColumn(bar_width=30),
                 _Amount(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
+                _Remaining(),
                 TextColumn("{task.fields[remark]}", markup=False),
                 console=self.console,
                 transient=True,
@@ -270,6 +270,15 @@ class _Amount(MofNCompleteColumn):
         return super().render(task)
 
 
+class _Remaining(TimeRemainingColumn):
+    """The time that is left, as a bound where the work may end before."""
+
+    def render(self, task: Task) -> Text:
+        left = super().render(task)
+        bounded = isinstance(task.total, AtMost) and not task.finished
+        return Text("≤ ", style=left.style) + left if bounded else left
+
+
 def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
     """Progress as a line now and then, with an estimate of what is left."""
     started = last = time.monotonic()
@@ -282,8 +291,9 @@ def _lines(title: str, total: int, say: Callable[[str], object]) -> Advance:
         if now - last >= PLAIN_EVERY and done:
             last = now
             left = (now - started) * (total - done) / done
+            about = "at most" if isinstance(total, AtMost) else "about"
             note = f", {remark}" if remark else ""
-            say(f"{title}: {amount(done, total)}, about {left:.0f} s left{note}")
+            say(f"{title}: {amount(done, total)}, {about} {left:.0f} s left{note}")
 
     return advance
 

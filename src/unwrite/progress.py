@@ -20,11 +20,15 @@ class Bytes(int):
     """The ``total`` of a stage that counts bytes: people read it as sizes."""
 
 
+class AtMost(int):
+    """The ``total`` of a stage that may well end before."""
+
+
 def amount(done: int, total: int) -> str:
     """How much is done: ``3 of 7``, or ``1.2 GB of 4.0 GB`` where bytes are counted."""
     if isinstance(total, Bytes):
         return f"{readable_size(done)} of {readable_size(total)}"
-    return f"{done} of {total}"
+    return f"{done} of {'at most ' if isinstance(total, AtMost) else ''}{total}"
 
 
 class Measured(str):

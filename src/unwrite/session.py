@@ -37,7 +37,7 @@ from unwrite.files import read_jsonl, speaking_of_disk
 from unwrite.home import Home
 from unwrite.knowledge import answers
 from unwrite.page import plain
-from unwrite.progress import Advance, amount
+from unwrite.progress import Advance, AtMost, amount
 from unwrite.record import Update
 
 SENTENCES = 50  # kept of what a job says
@@ -99,9 +99,15 @@ class _Stage:
         share = self.done / self.total if self.total else 0.0
         passed = time.monotonic() - self.started
         left = passed * (1 - share) / share if share else None
-        facts = {"title": self.title, "total": self.total, "done": self.done}
-        facts["amount"] = amount(self.done, self.total)
-        return {**facts, "remark": plain(self.remark, 100), "seconds_left": left}
+        return {
+            "title": self.title,
+            "total": self.total,
+            "at_most": isinstance(self.total, AtMost),
+            "done": self.done,
+            "amount": amount(self.done, self.total),
+            "remark": plain(self.remark, 100),
+            "seconds_left": left,
+        }
 
 
 class Progress:

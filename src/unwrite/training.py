@@ -47,7 +47,7 @@ from unwrite.model import Model, Tokens, head_sees, length_batches, mean_by_row,
 from unwrite.neighbours import neighbours
 from unwrite.optimizers import OptimizerName
 from unwrite.own_text import own_prompts
-from unwrite.progress import Measured
+from unwrite.progress import AtMost, Measured
 from unwrite.sharding import difference, divided
 
 
@@ -384,6 +384,8 @@ class _Run:
         # compared weight by weight, and different masks would be noise in that comparison.
         self.model.network.eval()
         total = recipe.epochs * math.ceil(len(rows) / recipe.rows_per_step)
+        if recipe.until == "learned":
+            total = AtMost(total)
         with (
             self.model.progress.stage("training", total) as advance,
             contextlib.nullcontext() if processes.shards() else _sparse_embedding(self.model),
