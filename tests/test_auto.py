@@ -187,6 +187,32 @@ def firmly(model, monkeypatch):
     return taught
 
 
+def test_where_nothing_is_written_every_row_is_trained_before_what_is_not_right(
+    model, method, monkeypatch
+):
+    """Two courses: all rows, then those whose answer is not right yet, from there."""
+    monkeypatch.setattr(auto, "EVERY_ROW", 2)
+    needed = replace(method, train="needed", write=False, lr=2e-3)
+    delta = needed.delta(model, EDITS)
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(EDITS)))
+    first, second = needed.parts
+    assert (first.epochs, first.skip_right) == (2, False)
+    assert (second.epochs, second.skip_right) == (auto.EPOCHS - 2, True)
+    begun = fine_tune(model, new_pairs(EDITS), first).delta
+    ended = fine_tune(model, new_pairs(EDITS), second, start=begun)
+    for name in delta:
+        assert torch.equal(delta[name].dense(), (begun + ended.delta)[name].dense())
+    notes = delta.provenance["notes"]
+    assert notes["epochs_trained"] == 2 + ended.epochs > 2
+    assert [one.split(" epochs")[0] for one in notes["sentences"][:2]] == [
+        "Trained for 2 of at most 2",
+        f"Trained for {ended.epochs} of at most 38",
+    ]
+    short = replace(needed, epochs=1)
+    assert [one.epochs for one in short.parts] == [1]
+
+
 def test_what_is_right_as_it_was_written_is_not_trained(model, method, firmly):
     delta = replace(method, train="needed").delta(model, EDITS)
     notes = delta.provenance["notes"]
@@ -336,8 +362,8 @@ def test_it_takes_prompts_to_protect_and_has_a_probe():
     probe = protection.probe_of(changed)
     assert (probe.epochs, probe.until, probe.protect) == (1, "epochs", ())
     assert protection._length(Auto()) > protection._length(probe)
-    alone = Auto(write=False)
-    assert protection._length(alone) == auto.EPOCHS / 2
+    alone, rest = Auto(write=False), auto.EPOCHS - auto.EVERY_ROW
+    assert protection._length(alone) == auto.EVERY_ROW / 2 + max(1.0, rest / 2 * LEFT_TO_TRAIN)
     assert protection._length(Auto()) == 1 + auto.EPOCHS / 2 * LEFT_TO_TRAIN
 
 
@@ -367,9 +393,10 @@ def test_a_home_keeps_what_earlier_updates_taught(tmp_path, worlds, method):
 
 def test_a_plan_counts_its_training_and_its_writing(worlds, monkeypatch):
     """Of what follows a writing little is left to train, and all of what does not."""
-    (tuner,) = Auto(write=False).parts
+    tuner = Auto().parts[1]
     assert list(plan._recipes(Auto())) == [(tuner, LEFT_TO_TRAIN)]
-    assert list(plan._recipes(Auto(write=False))) == [(tuner, 1.0)]
+    every_row, rest = Auto(write=False).parts
+    assert list(plan._recipes(Auto(write=False))) == [(every_row, 1.0), (rest, LEFT_TO_TRAIN)]
     always = replace(tuner, skip_right=False)
     assert list(plan._recipes(Auto(train="always"))) == [(always, 1.0)]
     monkeypatch.setattr(plan, "_speeds", lambda: (1e9, 1e9))

@@ -26,6 +26,7 @@ CHECKED = 2  # made-up neighbours of every edit that nothing protects, for the c
 QUESTIONS = 3  # other questions about every subject, for the check
 WORDS_READ = 600  # of the neutral text, for the check
 EPOCHS = 40  # of training at most: each goes through what is still wrong only
+EVERY_ROW = 12  # epochs of every row at first, where nothing was written
 
 
 class _Budget(NamedTuple):
@@ -56,10 +57,10 @@ class Auto:
     2. Where a new answer is not right by then, or one to ``protect`` no longer what it was, all
        weights are trained (``FullFT``) from there until they are, on those alone (``skip_right``),
        with the model's answers *before the update* to ``protect``, to made-up neighbours and to
-       prompts of its own held fast: training learns what could not be written and is the whole
-       method where no edit has a subject, or the network adds up otherwise (Gemma 2 and 3). What is
-       right already would only move bystanders (``train="always"`` trains all of it all the same,
-       until made-up neighbours hold, too).
+       prompts of its own held fast. What is right already would only move bystanders
+       (``train="always"`` trains all of it all the same, until made-up neighbours hold, too). Where
+       nothing could be written, because no edit has a subject or the network adds up otherwise
+       (Gemma 2 and 3), every row is trained first, for up to ``EVERY_ROW`` epochs.
     3. A delta is linear: of the strengths 0.5 to 1 the least is taken at which every new answer
        still holds that holds at 1, bare and behind neutral sentences that nothing was taught
        behind.
@@ -69,7 +70,7 @@ class Auto:
     about the subject. ``closed``: the share of the way to the values that is written at least,
     unless all answers are right before (``MEMIT``). ``budget`` decides how much of each is done
     (``BUDGETS``); ``rewordings``, ``neighbours`` (of every edit, to be kept) and ``own_prompts`` go
-    before it where they are given. ``epochs``: of training at most (by default ``EPOCHS``; with 0
+    before it where they are given. ``epochs``: of training at most (by default ``EPOCHS``, with 0
     nothing is trained). ``write=False`` leaves out the first step. Step 3 is made with
     ``least=True`` only: what it gains in neighbours it costs in wordings (docs/results.md).
     Paraphrases and bystanders are never read: the notes say what the check found on prompts made
@@ -118,7 +119,8 @@ class Auto:
     @property
     def parts(self) -> tuple[MEMIT | FullFT, ...]:
         """The methods that do the work, in their order, as the budget has them."""
-        return tuple(one for one in (self._writer, self._tuner) if one is not None)
+        writer = self._writer
+        return (*(() if writer is None else (writer,)), *self._courses(written=self.write))
 
     @property
     def _amounts(self) -> _Budget:
@@ -144,19 +146,25 @@ class Auto:
             seed=self.seed,
         )
 
-    @property
-    def _tuner(self) -> FullFT | None:
-        if self.epochs == 0:
-            return None
+    def _courses(self, *, written: bool) -> tuple[FullFT, ...]:
+        """What is trained, in its order, after something was ``written`` or nothing was."""
+        most = EPOCHS if self.epochs is None else self.epochs
+        every_row = 0 if written else min(most, EVERY_ROW)
+        if self.train == "always":
+            every_row = most
+        courses = ((every_row, False), (most - every_row, True))
+        return tuple(self._course(epochs, skip_right) for epochs, skip_right in courses if epochs)
+
+    def _course(self, epochs: int, skip_right: bool) -> FullFT:
         return FullFT(
-            epochs=EPOCHS if self.epochs is None else self.epochs,
+            epochs=epochs,
             lr=self.lr,
             batch_size=self.batch_size,
             protect=self.protect,
             protect_weight=self.protect_weight,
             neighbours=self._amounts.neighbours,
             own_prompts=self._amounts.own_prompts,
-            skip_right=self.train == "needed",
+            skip_right=skip_right,
             seed=self.seed,
         )
 
@@ -178,11 +186,16 @@ class Auto:
         if self.train == "needed" and len(total) and check.nothing_wants(model, edits, total):
             said.append("Every new answer is right as it was written, so nothing was trained.")
             notes |= {"epochs_trained": 0, "learned": True}
-        elif (tuner := self._tuner) is not None:
-            trained = tuner.train(model, new_pairs(edits), start=total)
-            total = total + trained.delta
-            said.append(_told(trained, tuner))
-            notes |= {"epochs_trained": trained.epochs, "learned": trained.learned}
+        elif courses := self._courses(written=len(total) > 0):
+            notes["epochs_trained"] = 0
+            for course in courses:
+                trained = course.train(model, new_pairs(edits), start=total)
+                total = (total + trained.delta).in_memory()
+                said.append(_told(trained, course))
+                notes["epochs_trained"] += trained.epochs
+                notes["learned"] = trained.learned
+                if trained.learned:
+                    break
         elif not len(total):
             raise TrainingFailed(f"{said[0]} With epochs=0 nothing is trained: leave that out.")
         total = total.in_memory()
