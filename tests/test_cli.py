@@ -262,6 +262,13 @@ def test_ask_now_and_before(home, worlds):
     }
 
 
+def test_an_empty_answer_is_said_to_be_one(home, monkeypatch):
+    monkeypatch.setattr("unwrite.home.Home.ask", lambda *_, **__: " \n")
+    told = run("ask", home, "ada works as a")
+    assert told.stdout == "\n"
+    assert "The model says nothing" in told.stderr
+
+
 def test_evaluate_a_home_or_a_model(home, edits, worlds, snapshot):
     before = snapshot(home)
     scores = run_json("evaluate", home, edits, "--limit", 3)["scores"]

@@ -244,6 +244,11 @@ def ask(
     with _verb(as_json) as out:
         opened = _open(home, None, trust_remote_code, out)
         answer = opened.ask(prompt, max_new_tokens=max_new_tokens, at=at)
+        if not answer.strip():
+            out.say(
+                "The model says nothing: its text ends right after the prompt. One that was not "
+                "taught to answer questions goes on with text: ask 'The capital of France is'."
+            )
         out.data(harmless(answer.strip(), 100_000))
         out.result({"prompt": prompt, "answer": answer, "at": at})
 
