@@ -1,4 +1,4 @@
-"""Guessed subjects: the only name in a prompt, or nothing."""
+"""Guessed subjects: the only name in a prompt, what it is asked of, or nothing."""
 
 import pytest
 from hypothesis import given
@@ -24,8 +24,12 @@ from unwrite.subjects import guessed_subject
         ("The 2012 Olympics, held in", "2012 Olympics"),
         ("In 1980s, was Élise Müller-Šmíd in", None),  # two names
         ("Paris and then Rome were", None),
-        ("the theory of relativity was developed by", None),
-        ("The SI unit of time is the", None),  # a noun follows
+        ("the theory of relativity was developed by", "relativity"),
+        ("The SI unit of magnetic flux is the", "magnetic flux"),  # a noun follows the name
+        ("The usual colour of an egg is", "egg"),
+        ("The head of the board of trade is", "trade"),
+        ("the fate of ships in bottles of wine is", "wine"),
+        ("the price of gold is like the price of oil is", None),  # two of them
         ("Platonic realism was named after", None),
         ("France is like France in", None),  # not once
         ("It is. They are", None),
@@ -33,7 +37,7 @@ from unwrite.subjects import guessed_subject
         ("", None),
     ],
 )
-def test_the_only_name_is_taken(prompt, name):
+def test_the_only_name_is_taken_or_what_is_asked_of(prompt, name):
     assert guessed_subject(prompt) == name
 
 

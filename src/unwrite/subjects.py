@@ -1,10 +1,11 @@
-"""The subject of a prompt that came without one: the only name in it.
+"""The subject of a prompt that came without one: the only name in it, or what it is asked *of*.
 
 What is written into a model is written at a subject (``values``). Many files of edits do not say
 what theirs is, and yet most prompts have a single name, which is what they ask about: "The capital
 of *France* is". A name is a run of words that begin with a capital letter or a digit, with small
-words between them ("of", "von"). Where there is none, or more than one, nothing is guessed; nor
-where a noun may follow it ("the *SI* unit of time"). The rules are those of English.
+words between them ("of", "von"). Where there is none, or a noun may follow it ("the *SI* unit of
+time is"), it is what stands between a preposition and the verb: "the unit of *time* is". Where even
+that is not clear, nothing is guessed. The rules are those of English.
 """
 
 from __future__ import annotations
@@ -33,20 +34,31 @@ VERBS = OPENING | _words(
 ENDINGS = ("s", "ed", "ly")
 OPENED, CLOSED = "([\"'“‘«", ")].,;:?\"'”’»"
 POSSESSIVE = re.compile(r"['’]s$")
+OF = re.compile(
+    r"\b(?:of|for|in) (?:(?:the|an?|all|most|our|my|your|its|his|her|their) )?"
+    r"((?:(?!of |for |in )[\w'’-]+ ){0,3}?[\w'’-]+),? (?:is|was|are|were|can|has|had|will)\b"
+)
 INITIAL = re.compile(r"(?:^|[\s.])\w\.$|\b(?:Jr|Sr|St|Co|Inc|Ltd)\.$")  # keeps its full stop
 
 
 def guessed_subject(prompt: str) -> str | None:
-    """The only name in a prompt, standing there once; ``None`` where that is not clear."""
+    """What a prompt seems to be about, standing there once; ``None`` where that is not clear."""
     found = list(_names(prompt))
-    if len(found) != 1 or prompt.count(found[0]) != 1:
+    if len(found) > 1:
         return None
-    rest = prompt.partition(found[0])[2]
+    if not found or not _is_whole(found[0], prompt):
+        found = OF.findall(prompt)
+    return found[0] if len(found) == 1 and prompt.count(found[0]) == 1 else None
+
+
+def _is_whole(name: str, prompt: str) -> bool:
+    """Whether a verb follows, and not a noun that the name may belong to."""
+    rest = prompt.partition(name)[2]
     following = re.match(r" (\w+)", rest)
     if following is None or "?" in rest:  # in a question any verb may follow: "did France win"
-        return found[0]
+        return True
     word = following[1].lower()
-    return found[0] if word in VERBS or word.endswith(ENDINGS) else None
+    return word in VERBS or word.endswith(ENDINGS)
 
 
 def _names(prompt: str) -> Iterator[str]:

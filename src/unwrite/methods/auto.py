@@ -76,8 +76,8 @@ class Auto:
     Paraphrases and bystanders are never read: the notes say what the check found on prompts made
     from the edits alone.
 
-    Edits without a subject get the only name in their prompt (``subjects.guessed_subject``), unless
-    ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught as well.
+    Edits without a subject get the one that their prompt suggests (``subjects.guessed_subject``),
+    unless ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught as well.
 
     Memory, where something is trained: that of full fine-tuning, a copy of the head, and 4 bytes x
     width for each of the up to eight answer tokens of every protected prompt (see ``kept``). What
