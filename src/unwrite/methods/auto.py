@@ -77,8 +77,8 @@ class Auto:
     from the edits alone.
 
     Edits without a subject get the one that their prompt suggests (``subjects.guessed_subject``),
-    unless ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught as
-    well.
+    unless ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught,
+    too.
 
     Memory, where something is trained: that of full fine-tuning, a copy of the head, and 4 bytes x
     width for each of the up to eight answer tokens of every protected prompt (see ``kept``). What
