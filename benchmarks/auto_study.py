@@ -67,7 +67,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "delicate": {"method": "delicate"},
 }
 NAMES = (*VARIANTS, *INGREDIENTS)
-REPORTED = ("full-ft", "memit", "auto", "auto, balanced")
+REPORTED = ("full-ft", "memit", "auto", "auto, thorough")
 PLANTED = ("counterfact", "zsre")  # kinds whose old answers are taught first
 BASES = ("smollm2-135m", second_model.NAME)
 DRAWING = ("base", "split", "kind", "facts")  # what stands in one table

@@ -21,6 +21,7 @@ from benchmarks.full_ft_defaults import forced, sample
 from benchmarks.measure import RESULTS, add_line, lines, write
 from benchmarks.planted_study import DATA, ROLES
 from unwrite import Edit, load, methods, read_edits
+from unwrite.delta import Delta
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.probes import run
 from unwrite.model import Model
@@ -136,9 +137,10 @@ def scored(
     ``planted``: their old answers are taught first. ``also`` is asked for more fields while the
     model is changed."""
     asked = observe if exact else forced
-    start = run(PLANTING, model, [Pair(e.prompt, str(e.old)) for e in facts]).delta.in_memory()
-    if not planted:
-        start = 0.0 * start
+    start = Delta.nothing()
+    if planted:
+        old = [Pair(edit.prompt, str(edit.old)) for edit in facts]
+        start = run(PLANTING, model, old).delta.in_memory()
     text = neutral_text(600)
     with model.shifted(start):
         probes = [one for one in settle(model, questions(facts)) if one.role in ROLES]
