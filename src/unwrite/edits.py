@@ -374,7 +374,7 @@ def check_subjects(edits: Sequence[Edit]) -> None:
         raise BadEdits(
             f"This method needs a `subject` that stands, letter by letter, in the prompt, and "
             f"{len(faults)} of {len(edits)} edits lack it: {'; '.join(faults[:20])}{more}. "
-            "Write the subjects, or choose a method that needs none."
+            "Write the subjects, or use auto, which guesses most and trains the others."
         )
 
 
