@@ -99,13 +99,13 @@ def run_missing(model: Model, kind: str, seed: int, options: argparse.Namespace)
     """All variants that are not there yet, on one draw of facts."""
     chosen = REPORTED if options.split == "test" else NAMES
     wanted = tuple(options.only.split(";")) if options.only else chosen
-    drawing = {"split": options.split, "kind": kind, "facts": options.facts, "seed": seed}
+    edits = drawn(model, kind, options, seed)  # fewer than asked for where there are no more
+    drawing = {"split": options.split, "kind": kind, "facts": len(edits), "seed": seed}
     key = {"base": options.base} | drawing
     there = {one["variant"] for one in lines(RUNS) if key.items() <= one.items()}
     missing = [name for name in wanted if name not in there]
     if not missing:
         return
-    edits = drawn(model, kind, options, seed)
     chosen_methods = [built(name, seed) for name in missing]
     others = other_questions(edits)
     found = scored(

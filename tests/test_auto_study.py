@@ -35,7 +35,7 @@ def options(tmp_path, monkeypatch, worlds):
     }
     monkeypatch.setattr(auto_study, "VARIANTS", variants)
     monkeypatch.setattr(auto_study, "NAMES", tuple(variants))
-    return Namespace(base="smollm2-135m", split="development", facts=3, only=None, exact=True)
+    return Namespace(base="smollm2-135m", split="development", facts=9, only=None, exact=True)
 
 
 def test_finished_runs_are_not_repeated(options, worlds):
@@ -48,6 +48,7 @@ def test_finished_runs_are_not_repeated(options, worlds):
     auto_study.run_missing(model, "counterfact", 0, options)
     runs = list(auto_study.lines(auto_study.RUNS))
     assert runs[0] == first
+    assert first["facts"] == 3  # as many as there are
     assert [run["variant"] for run in runs] == ["full-ft", "auto"]
     (table,) = auto_study.summary(runs)
     assert [row["variant"] for row in table["rows"]] == ["full-ft", "auto"]
