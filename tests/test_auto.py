@@ -15,8 +15,7 @@ from unwrite.methods.auto import Auto
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.testing import PEOPLE, check_method
-from unwrite.training import Pair, fine_tune, learned, new_pairs
-from unwrite.values import LEFT_TO_TRAIN
+from unwrite.training import LEFT_TO_TRAIN, Pair, fine_tune, learned, new_pairs
 from unwrite.wordings import other_questions
 
 EDITS = [

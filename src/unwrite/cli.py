@@ -830,8 +830,8 @@ def main() -> None:
 
     Under ``accelerate launch`` the first process runs the command, and the others follow it.
     """
-    # A process that ends need not look for cycles in what it drops; in torch's modules that takes
-    # half as long as importing them.
+    # A process that ends need not look for cycles in what it drops: there are many in torch's
+    # modules (benchmarks.startup).
     atexit.register(gc.freeze)
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell

@@ -35,8 +35,8 @@ from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
-from unwrite.training import Recipe
-from unwrite.values import Search, share_left
+from unwrite.training import Recipe, share_left
+from unwrite.values import Search
 
 BYTES_OF_SEARCH = 1 << 30  # activations while values are sought, and second moments
 TYPICAL_TOKENS, TYPICAL_PROBES = 16, 6  # of a prompt with its answer; of an edit

@@ -40,7 +40,7 @@ from unwrite.kept import ANSWER_TOKENS_KEPT
 from unwrite.methods import fields_named, parts_of, replaced, settings_of
 from unwrite.model import Model
 from unwrite.prompts import Protected
-from unwrite.values import share_left
+from unwrite.training import share_left
 
 PROBE = 0.1  # of the epochs of the planned update
 OBSERVED = 30  # prompts that are measured on the probe (METHODS 5.4)

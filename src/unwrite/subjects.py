@@ -63,15 +63,16 @@ def _is_whole(name: str, prompt: str) -> bool:
 
 def _names(prompt: str) -> Iterator[str]:
     words = list(re.finditer(r"\S+", prompt))
-    named = [_begins_as_a_name(word[0]) for word in words]
-    for number, word in enumerate(words):
-        heads = number == 0 or words[number - 1][0][-1] in ".?!:"
-        if heads and word[0].lower() in OPENING:
+    texts = [word[0] for word in words]
+    named = [_begins_as_a_name(text) for text in texts]
+    for number, text in enumerate(texts):
+        heads = number == 0 or texts[number - 1][-1] in ".?!:"
+        if heads and text.lower() in OPENING:
             named[number] = False
     next_free = 0
     for first, is_name in enumerate(named):
         if is_name and first >= next_free:
-            last = _last_of(first, [word[0] for word in words], named)
+            last = _last_of(first, texts, named)
             next_free = last + 1
             yield _trimmed(prompt[words[first].start() : words[last].end()])
 

@@ -50,6 +50,10 @@ from unwrite.own_text import own_prompts
 from unwrite.progress import AtMost, Measured
 from unwrite.sharding import difference, divided
 
+# Of epochs, what ``skip_right`` is likely to have left after most was taught: the steps of one or
+# two epochs of all rows (development draws of ``benchmarks.auto_study``).
+LEFT_TO_TRAIN = 0.05
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -167,6 +171,13 @@ class Trained:
     epochs: int
     learned: bool
     seconds: float
+
+
+def share_left(part: Any, parts: Sequence[Any]) -> float:
+    """Of the epochs of a part of a method, what is likely to be left to train: little for one that
+    leaves out what is right (``skip_right``), beside one of ``parts`` that does not."""
+    others = any(not getattr(one, "skip_right", False) for one in parts)
+    return LEFT_TO_TRAIN if others and getattr(part, "skip_right", False) else 1.0
 
 
 def new_pairs(edits: Sequence[Edit | Pair]) -> list[Pair]:

@@ -41,9 +41,6 @@ from unwrite.wordings import thinned
 # Rows x length that one step holds activations of: about 0.9 GB on SmolLM2-135M.
 POSITIONS_PER_STEP = 768
 REWORDINGS_AT_ONCE = 3  # that one evaluation of the loss looks at; the next looks at others
-# Of epochs, what ``skip_right`` is likely to have left after most was taught: the steps of one or
-# two epochs of all rows (development draws of ``benchmarks.auto_study``).
-LEFT_TO_TRAIN = 0.05
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.999, 1e-8  # Adam's own defaults
 
 
@@ -103,13 +100,6 @@ class Search:
                 for text, sentence in zip(texts, before, strict=True)
             ]
         return found
-
-
-def share_left(part: Any, parts: Sequence[Any]) -> float:
-    """Of the epochs of a part of a method, what is likely to be left to train: little for one that
-    leaves out what is right (``skip_right``), beside one of ``parts`` that does not."""
-    others = any(not getattr(one, "skip_right", False) for one in parts)
-    return LEFT_TO_TRAIN if others and getattr(part, "skip_right", False) else 1.0
 
 
 @dataclass(frozen=True)

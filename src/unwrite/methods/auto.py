@@ -120,8 +120,8 @@ class Auto:
     @property
     def parts(self) -> tuple[MEMIT | FullFT, ...]:
         """The methods that do the work, in their order, as the budget has them."""
-        writer = self._writer
-        return (*(() if writer is None else (writer,)), *self._courses(written=self.write))
+        every = (self._writer, *self._courses(written=self.write))
+        return tuple(one for one in every if one is not None)
 
     @property
     def _amounts(self) -> _Budget:
@@ -199,7 +199,6 @@ class Auto:
                     break
         elif not len(total):
             raise TrainingFailed(f"{said[0]} With epochs=0 nothing is trained: leave that out.")
-        total = total.in_memory()
         strength = check.least_strength(model, total) if self.least else 1.0
         if strength < 1:
             total = (strength * total).in_memory()
