@@ -694,14 +694,15 @@ def undo_rows() -> list[str]:
         return []
     lines = []
     for kind, one in found["kinds"].items():
+        floor = one["undo_over_floor"]  # none where nothing that is left is to be read
         lines.append(
             row(
                 f"undoing one of {found['updates']} updates ({kind}: {one['tensors_touched']} "
-                "tensors touched) against copying these tensors; hashing what is left, nothing "
-                "else, and flushing the ledger, against copying; undoing against reading what is "
-                "left",
-                f"{spread(one['undo_over_copy'], 2)}; {spread(one['checking_over_copy'], 2)}; "
-                f"{spread(one['undo_over_floor'], 1)}",
+                f"tensor{'s' * (one['tensors_touched'] > 1)} touched) against copying these "
+                "tensors; hashing what is left, nothing else, and flushing the ledger, against "
+                "copying" + ("; undoing against reading what is left" if floor else ""),
+                f"{spread(one['undo_over_copy'], 2)}; {spread(one['checking_over_copy'], 2)}"
+                + (f"; {spread(floor, 1)}" if floor else ""),
                 f"{found['goal']}x",
             )
         )

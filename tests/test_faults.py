@@ -16,6 +16,7 @@ from processes import at_step
 from typer.testing import CliRunner
 
 import unwrite
+from unwrite import present
 from unwrite.cli import app
 from unwrite.console import LOG
 from unwrite.errors import HomeBusy, HomeError, RequirementNotMet, UnwriteError
@@ -53,8 +54,12 @@ def check_tidy(folder):
     assert {one.name for one in folder.iterdir()} - {".lock", LOG} == {
         "base.json",
         "ledger.jsonl",
+        "tensors.json",
         "updates",
     }
+    recorded = home.ledger.entries[-1]["fingerprint"]
+    plainly = home.base.tensors_with(home.source.folder, home.deltas(home.ledger.live()))
+    assert present.hashes(folder, home.base, recorded) in ({}, plainly)
     assert {one.name for one in (folder / "updates").iterdir()} == set(applied)
     for name, entry in applied.items():
         update = folder / "updates" / name
@@ -123,6 +128,8 @@ def test_an_undo_killed_before_any_step_on_disk_is_done_or_was_never_begun(
         home = unwrite.open(folder / "home")
         if home.ledger.live():
             home.undo(update)
+        else:
+            home.redo(update)
         check_tidy(folder / "home")
     assert code == 0
     assert seen == {0, 1}

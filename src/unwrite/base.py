@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -198,12 +199,25 @@ class Base:
     def fingerprint_with(
         self, folder: Path, deltas: Sequence[Delta], progress: Reporter | None = None
     ) -> str:
-        """Fingerprint of the state ``base + deltas``, recomposed tensor by tensor where touched.
-        Two threads compose and hash: holds two tensors and what composing them takes."""
-        hashes = dict(self.tensors)
+        """Fingerprint of the state ``base + deltas``: see ``tensors_with``."""
+        return fingerprint_of(self.tensors_with(folder, deltas, progress))
+
+    def tensors_with(
+        self,
+        folder: Path,
+        deltas: Sequence[Delta],
+        progress: Reporter | None = None,
+        known: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, str]:
+        """Hash of every tensor of the state ``base + deltas``, recomposed one by one where touched;
+        hashes that are ``known`` are taken as they are. Two threads compose and hash: holds two
+        tensors and what composing them takes."""
+        hashes = self.tensors | dict(known)
         changed = {name for delta in deltas for name in delta}
-        names = {name: self.aliases.get(name, name) for name in hashes}
-        touched = [name for name, known in names.items() if known in changed]
+        names = {name: self.changed_as(name) for name in hashes if name not in known}
+        touched = [name for name, changes in names.items() if changes in changed]
+        if not touched:
+            return hashes
         with Weights.from_folder(folder) as weights:
             specs = {name: weights.specs[names[name]] for name in touched}
             state = Weights(specs, lambda name: compose(weights, deltas, names[name]))
@@ -212,7 +226,11 @@ class Base:
                 hashes |= tensor_hashes(
                     state, lambda done, _all: advance(specs[touched[done - 1]].bytes, "")
                 )
-        return fingerprint_of(hashes)
+        return hashes
+
+    def changed_as(self, name: str) -> str:
+        """The name of a tensor in deltas; a checkpoint may hold a tied one under two names."""
+        return self.aliases.get(name, name)
 
     def where(self, delta: Delta) -> dict[str, Any]:
         """Where a change lives, and where its ``parts`` do: see ``where.located``. Computes the

@@ -4,6 +4,7 @@
       base.json                what the home was made from: files, tensors, fingerprint
       ledger.jsonl             what was done since (append-only, hash-chained)
       updates/u-1a2b3c4d/      one update: edits, observations before and after, scores, delta
+      tensors.json             hashes of the present state's tensors, a shortcut (see ``present``)
 
 The state of the model is never stored and never subtracted from: it is recomposed as
 ``round_once(base + sum of live deltas)``, so undoing an update gives the very bits that were there
@@ -23,14 +24,14 @@ import shutil
 import signal
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from unwrite import base as bases
-from unwrite import compaction, methods, protection, record, scratch, where
+from unwrite import compaction, methods, present, protection, record, scratch, where
 from unwrite import scores as scoring
 from unwrite.base import Base
 from unwrite.compaction import Compacted
@@ -71,6 +72,7 @@ from unwrite.record import Undone, Update
 from unwrite.reproduction import Replayed, differences, environment_changes
 from unwrite.requirements import Requirement, parse
 from unwrite.scores import Row, Score, Scores
+from unwrite.weights import fingerprint_of
 
 LEDGER, UPDATES, PARTIAL = "ledger.jsonl", "updates", "partial"
 REPORT = "report.html"
@@ -324,7 +326,7 @@ class Home:
                 deltas = [*self._parts(live), stored]
                 model.become(deltas)
                 self._held = [*live, name]
-                fingerprint = self.base.fingerprint_with(self.source.folder, deltas)
+                tensors = self._tensors(deltas, stored, ledger)
                 located = self.base.where(stored)
             with clock.of("observe"):
                 after = observe(model, probes)
@@ -345,7 +347,7 @@ class Home:
                 perplexity={"before": perplexity_before, "after": perplexity_after},
                 seconds=clock.seconds,
                 summary=stored.summary().as_json(self.base.parameters),
-                fingerprint=fingerprint,
+                fingerprint=fingerprint_of(tensors),
                 folder=folder,
                 notes=notes,
                 protection=None if outlook is None else outlook.as_json(lost),
@@ -359,6 +361,7 @@ class Home:
             with _uninterrupted():
                 ledger.append(record.apply_entry(update, why, files))
                 (folder / PARTIAL).unlink()
+                present.keep(self.folder, tensors)
         except BaseException:
             self._held = None
             if Ledger.open(ledger.path).head == ledger.head:  # not committed: leave nothing behind
@@ -521,11 +524,14 @@ class Home:
             if update not in live:
                 raise HomeError(f"The update {update} is undone already.")
             left = [one for one in live if one != update]
-            fingerprint = self.fingerprint(left, ledger)
+            parts = self._parts(left, ledger)
+            tensors = self._tensors(parts, self._touched(update, ledger), ledger)
+            fingerprint = fingerprint_of(tensors)
             later = left[live.index(update) :] if recheck else []
             checked = {one: self._reliability(ledger.entry(one), left) for one in later}
             with _uninterrupted():
                 ledger.append(record.revert_entry(update, why, fingerprint))
+                present.keep(self.folder, tensors)
         return Undone(update, fingerprint, tuple(left), checked)
 
     def fingerprint(self, live: Sequence[str], ledger: Ledger | None = None) -> str:
@@ -533,6 +539,27 @@ class Home:
         ``ledger``: where it was just read."""
         parts = self._parts(live, ledger)
         return self.base.fingerprint_with(self.source.folder, parts, self.progress)
+
+    def _tensors(
+        self, parts: Sequence[Delta], touched: Container[str], ledger: Ledger
+    ) -> dict[str, str]:
+        """Hash of every tensor of the state ``parts``, which differs from the present one in the
+        ``touched`` tensors only: the others are not read."""
+        recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
+        known = {
+            name: one
+            for name, one in present.hashes(self.folder, self.base, recorded).items()
+            if self.base.changed_as(name) not in touched
+        }
+        return self.base.tensors_with(self.source.folder, parts, self.progress, known)
+
+    def _touched(self, update: str, ledger: Ledger) -> Container[str]:
+        """The tensors that an update changes: all, as far as is known, where its files are damaged,
+        for it can be undone all the same."""
+        try:
+            return self.deltas([update], ledger)[0]
+        except DamagedFile:
+            return self.base.tensors
 
     def _reliability(self, entry: Entry, live: Sequence[str]) -> Score:
         """How the state with ``live`` updates answers the edits of one of them."""
@@ -854,7 +881,7 @@ def _check_free(path: Path) -> None:
 
 def _remove_temporaries(home: Path) -> None:
     """Remove what atomic writes of a killed process left. Only under the write lock."""
-    for name in (bases.NAME, LEDGER):
+    for name in (bases.NAME, LEDGER, present.NAME):
         for stray in home.glob(f".{name}.*"):
             stray.unlink()
 
