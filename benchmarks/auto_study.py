@@ -181,19 +181,33 @@ def spill(model: Model, asked: Sequence[tuple[str, str]]) -> float:
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per model, split, kind and number of facts: a row a variant, with the spread over seeds; last
-    those that are no longer run."""
+    """Per model, split, kind and number of facts: a row a variant, with the spread over seeds and
+    what it is beside ``auto`` on the same draws; last those that are no longer run."""
     tables = []
     names = dict.fromkeys((*NAMES, *(one["variant"] for one in runs)))
     for drawing in dict.fromkeys(tuple(one[name] for name in DRAWING) for one in runs):
         here = [one for one in runs if tuple(one[name] for name in DRAWING) == drawing]
+        auto = [one for one in here if one["variant"] == "auto"]
         rows = [
-            row(name, [one for one in here if one["variant"] == name])
+            row(name, of_it) | {"beside_auto": beside(of_it, auto)}
             for name in names
-            if any(one["variant"] == name for one in here)
+            if (of_it := [one for one in here if one["variant"] == name])
         ]
         tables.append(dict(zip(DRAWING, drawing, strict=True)) | {"rows": rows})
     return tables
+
+
+def beside(
+    runs: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]
+) -> dict[str, float] | None:
+    """Mean, least and greatest difference of the harmonic mean to others on the same draws; None
+    where they share none. Draws differ more than methods do, so a difference says more than two
+    means."""
+    theirs = {one["seed"]: harmonic(one["token"]) for one in others}
+    found = [harmonic(one["token"]) - theirs[one["seed"]] for one in runs if one["seed"] in theirs]
+    if not found:
+        return None
+    return {"mean": statistics.mean(found), "lowest": min(found), "highest": max(found)}
 
 
 def row(name: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -52,11 +52,21 @@ def lines(tables: list[dict[str, Any]], split: str, base: str = BASES[0]) -> lis
                 str(one["seeds"]),
                 *(percent(one[role]) for role in ROLES),
                 f"{percent(one['harmonic_mean'])}{spread}",
+                beside_auto(one),
                 "" if one["spill"] is None else percent(one["spill"]),
                 f"x {one['perplexity_ratio']:.2f}",
             )
         )
-    return _table((*SCORED, "harmonic mean", "spill", "perplexity"), found)
+    return _table((*SCORED, "harmonic mean", "beside auto", "spill", "perplexity"), found)
+
+
+def beside_auto(one: dict[str, Any]) -> str:
+    """The difference to ``auto`` on the same draws, in points; nothing for ``auto`` itself."""
+    found = one["beside_auto"]
+    if found is None or one["variant"] == "auto":
+        return ""
+    least, mean, most = (f"{100 * found[name]:+.1f}" for name in ("lowest", "mean", "highest"))
+    return mean if one["seeds"] == 1 else f"{mean} ({least} to {most})"
 
 
 def exact_lines(tables: list[dict[str, Any]]) -> list[str]:

@@ -75,6 +75,24 @@ def test_a_row_is_the_mean_over_seeds_with_its_spread():
     assert json.loads(json.dumps(row)) == row
 
 
+def test_methods_are_held_against_auto_on_the_same_draws():
+    def run(variant, seed, share):
+        token = dict.fromkeys(auto_study.ROLES, share)
+        rest = {"perplexity_ratio": 1.0, "protected_probes": 0}
+        draw = {"base": "smollm2-135m", "split": "test", "kind": "atlas", "facts": 50}
+        return draw | {"variant": variant, "seed": seed, "token": token, **rest}
+
+    runs = [run("auto", seed, share) for seed, share in enumerate((0.9, 0.5, 0.7))]
+    runs += [run("memit", 0, 0.8), run("memit", 1, 0.6), run("auto, firmly", 2, 0.6)]
+    (table,) = auto_study.summary(runs)
+    told = {one["variant"]: auto_tables.beside_auto(one) for one in table["rows"]}
+    assert told == {"auto": "", "memit": "+0.0 (-10.0 to +10.0)", "auto, firmly": "-10.0"}
+    (alone,) = auto_study.summary(runs[3:])
+    assert {auto_tables.beside_auto(one) for one in alone["rows"]} == {""}
+    tables = auto_study.summary([*runs, *(one | {"kind": "zsre"} for one in runs)])
+    assert [one["rows"] for one in tables] == [table["rows"]] * 2
+
+
 def test_times_are_held_against_those_of_the_same_draw():
     runs = [
         {"kind": "atlas", "seed": 0, "seconds": {"full-ft": 1.0, "auto": 2.0}},
