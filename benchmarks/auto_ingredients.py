@@ -85,4 +85,7 @@ INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds | WithoutSubjects]
     "auto, mean of three seeds": MeanOfSeeds(),
     "auto, subjects guessed": WithoutSubjects(),
     "auto, subjects unknown": WithoutSubjects(Auto(guess_subjects=False)),
+    "auto, subjects unknown, own prompts too": WithoutSubjects(
+        Auto(guess_subjects=False, own_prompts=200)
+    ),
 }

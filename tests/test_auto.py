@@ -8,6 +8,7 @@ import torch
 
 import unwrite
 from unwrite import methods, plan, protection, training, values
+from unwrite.delta import Delta
 from unwrite.edits import Edit, Probe
 from unwrite.errors import BadSetting, TrainingFailed
 from unwrite.methods import auto
@@ -15,7 +16,7 @@ from unwrite.methods.auto import Auto
 from unwrite.methods.full_ft import FullFT
 from unwrite.methods.memit import MEMIT
 from unwrite.testing import PEOPLE, check_method
-from unwrite.training import LEFT_TO_TRAIN, Pair, fine_tune, learned, new_pairs
+from unwrite.training import LEFT_TO_TRAIN, Pair, Trained, fine_tune, learned, new_pairs
 from unwrite.wordings import other_questions
 
 EDITS = [
@@ -210,6 +211,11 @@ def test_where_nothing_is_written_every_row_is_trained_before_what_is_not_right(
     ]
     short = replace(needed, epochs=1)
     assert [one.epochs for one in short.parts] == [1]
+
+
+def test_a_course_with_nothing_left_to_do_does_not_tell_of_training():
+    told = auto._told(Trained(Delta.nothing(), (), 0, True, 0.0), FullFT(skip_right=True))
+    assert "every new answer is right" in told and "Trained" not in told
 
 
 def test_what_is_right_as_it_was_written_is_not_trained(model, method, firmly):

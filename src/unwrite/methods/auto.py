@@ -258,6 +258,8 @@ def _has_a_place(model: Model, edit: Edit, writer: MEMIT) -> bool:
 
 
 def _told(trained: Trained, tuner: FullFT) -> str:
+    if not trained.epochs:
+        return "That was enough: every new answer is right and every one to protect as before."
     until = "until" if trained.learned else "not until"
     return (
         f"Trained for {trained.epochs} of at most {tuner.epochs} epochs at a learning rate of "
