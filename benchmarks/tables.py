@@ -418,7 +418,7 @@ def flipped() -> str:
         "one byte of a home or its base changed, its dates put back, then `verify`",
         f"{found['flips']:,} bytes",
         f"{found['noticed']:,} noticed; {sum(found['harmless'].values())} proven harmless (the "
-        "page of the report, white space behind a header)",
+        "page of the report, hashes kept as a shortcut, white space behind a header)",
         str(found["missed"] + found["crashed"]),
     )
 

@@ -32,6 +32,13 @@ def test_a_space_behind_a_header_may_be_a_tab_and_nothing_else(home_and_base):
     assert flipped(home, base, shard, last, 0x20 ^ 0x41).found == "noticed"
 
 
+def test_hashes_that_are_changed_are_not_used(home_and_base):
+    home, base = home_and_base
+    file = home / "tensors.json"
+    for offset in range(0, file.stat().st_size, 97):
+        assert flipped(home, base, file, offset, 1 << (offset % 8)).found == "hashes"
+
+
 def test_every_byte_of_a_header_counts(home_and_base):
     """Of the part that means something, not one bit can change without being noticed."""
     home, base = home_and_base

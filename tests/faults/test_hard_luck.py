@@ -74,7 +74,9 @@ def test_a_disk_that_refuses_at_any_call_changes_nothing(
             except UnwriteError as error:
                 assert any(one in str(error) for one in said.split("|")), error
         assert snapshot(place / "home") == before, number
-    assert number == count[0] + 1 > 1
+    # The last call may be one for the hashes of the present state, which comes after the commit.
+    assert count[0] <= number <= count[0] + 1
+    assert number > 2 and len(home.ledger.live()) == 2
     assert home.verify() == []
 
 
