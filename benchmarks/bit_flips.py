@@ -29,7 +29,8 @@ from unwrite.testing import toy_world
 
 HARMLESS = {
     "report": "report.html: written for people, read by nothing; `unwrite report` makes it anew",
-    "hashes": "tensors.json, a shortcut: hashes are used if they give the recorded fingerprint",
+    "hashes": "tensors.json, a shortcut: hashes that do not give the recorded fingerprint are not "
+    "used",
     "padding": "white space behind the header of a safetensors file: the header says the same",
 }
 
@@ -123,7 +124,7 @@ def _harmless(file: Path, whole: bytes, base: Path) -> str:
         return "report"
     if file.name == present.NAME:
         home = unwrite.open(file.parent)
-        used = present.hashes(file.parent, home.base, home.ledger.entries[-1]["fingerprint"])
+        used = present.hashes(home.folder, home.base, home.ledger.fingerprint)
         if not used or used == json.loads(whole):
             return "hashes"
     if file.suffix == ".safetensors" and not file.is_relative_to(base):

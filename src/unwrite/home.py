@@ -534,22 +534,18 @@ class Home:
                 present.keep(self.folder, tensors)
         return Undone(update, fingerprint, tuple(left), checked)
 
-    def fingerprint(self, live: Sequence[str], ledger: Ledger | None = None) -> str:
-        """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it.
-        ``ledger``: where it was just read."""
-        parts = self._parts(live, ledger)
-        return self.base.fingerprint_with(self.source.folder, parts, self.progress)
+    def fingerprint(self, live: Sequence[str]) -> str:
+        """Fingerprint of a state, recomposed from disk; reads the base where deltas touch it."""
+        return self.base.fingerprint_with(self.source.folder, self._parts(live), self.progress)
 
     def _tensors(
         self, parts: Sequence[Delta], touched: Container[str], ledger: Ledger
     ) -> dict[str, str]:
         """Hash of every tensor of the state ``parts``, which differs from the present one in the
         ``touched`` tensors only: the others are not read."""
-        recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
+        now = present.hashes(self.folder, self.base, ledger.fingerprint)
         known = {
-            name: one
-            for name, one in present.hashes(self.folder, self.base, recorded).items()
-            if self.base.changed_as(name) not in touched
+            name: one for name, one in now.items() if self.base.changed_as(name) not in touched
         }
         return self.base.tensors_with(self.source.folder, parts, self.progress, known)
 
@@ -722,8 +718,7 @@ class Home:
 
     def _problems_of_state(self, ledger: Ledger, source: Source) -> list[str]:
         """Of the state, composed from all of its deltas; and of the sum that ``compact`` stored."""
-        recorded = ledger.entries[-1].get("fingerprint", self.base.fingerprint)
-        live = ledger.live()
+        recorded, live = ledger.fingerprint, ledger.live()
         if self.base.fingerprint_with(source.folder, self.deltas(live), self.progress) != recorded:
             return ["The recomposed state is not the one recorded in the ledger."]
         try:

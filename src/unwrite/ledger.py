@@ -70,6 +70,12 @@ class Ledger:
         """Hash of the last line: it names the whole history."""
         return str(self.entries[-1]["sha256"]) if self.entries else START
 
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the present state, as it was recorded."""
+        last = self.entries[-1]
+        return str(last["base"]["fingerprint"] if last["do"] == "init" else last["fingerprint"])
+
     def append(self, entry: Entry) -> Ledger:
         """Write one more entry durably and return the longer ledger.
 
