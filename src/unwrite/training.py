@@ -35,7 +35,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from unwrite import optimizers, processes
+from unwrite import halves, optimizers, processes
 from unwrite.adapters import AdapterShape, Banks, adapted
 from unwrite.allocator import freed_memory_goes_back, freed_memory_is_kept
 from unwrite.change import Dense
@@ -77,15 +77,16 @@ class Recipe:
     which the KL divergence from the state before is penalised with ``protect_weight``, on the
     network's own answers. ``neighbours``: so many made-up prompts an edit are protected in the same
     way (see the module ``neighbours``), and so are ``own_prompts`` prompts that the network writes
-    itself (``own_text``). ``precision="bf16"`` multiplies matrices in bf16 with fp32
-    master weights. ``accumulate``: a step is made on so many batches of ``batch_size`` rows, read
-    one after the other: the step is that of one batch with all of these rows, the memory that of
-    one with a few. ``optimizer``: see ``optimizers``. ``in_backward``: each tensor is stepped as
-    soon as its gradient is there, so that only the largest gradient needs memory; ``max_grad_norm``
-    then bounds every tensor's gradient by itself. ``skip_right``: an epoch goes through those rows
-    only whose answer is not right when it begins, and through those of ``protect`` whose answer
-    moved, until there are none: what is learned already shall move nothing else. What is made up
-    to be protected is drawn beside them, but not waited for.
+    itself (``own_text``). ``precision="bf16"`` multiplies matrices in bf16 with fp32 master weights
+    (on a processor by ``halves``, else by autocast). ``accumulate``: a step is made on so many
+    batches of ``batch_size`` rows, read one after the other: the step is that of one batch with all
+    of these rows, the memory that of one with a few. ``optimizer``: see ``optimizers``.
+    ``in_backward``: each tensor is stepped as soon as its gradient is there, so that only the
+    largest gradient needs memory; ``max_grad_norm`` then bounds every tensor's gradient by itself.
+    ``skip_right``: an epoch goes through those rows only whose answer is not right when it begins,
+    and through those of ``protect`` whose answer moved, until there are none: what is learned
+    already shall move nothing else. What is made up to be protected is drawn beside them, but not
+    waited for.
     """
 
     epochs: int = 20
@@ -366,8 +367,14 @@ class _Run:
         self.courses, self.guard = courses, guard
         self.after_step, self.loss, self.banks = after_step, loss, banks
         groups = [course.parameters.values() for course in courses]
-        self.optimizer: torch.optim.Optimizer | optimizers.InBackward
-        if recipe.in_backward:
+        pays = _copies_pay(recipe, device, model.network)
+        self.halves = halves.Halves(model.network) if pays else None
+        self.optimizer: torch.optim.Optimizer | optimizers.InBackward | halves.Optimizer
+        if self.halves is not None:
+            self.optimizer = halves.Optimizer(
+                self.halves, recipe.optimizer, groups, recipe.lr, recipe.max_grad_norm
+            )
+        elif recipe.in_backward:
             self.optimizer = optimizers.InBackward(
                 recipe.optimizer, groups, recipe.lr, recipe.max_grad_norm
             )
@@ -453,11 +460,16 @@ class _Run:
                 for course in self.courses:
                     here = _of_this_process(course.parameters)
                     self.after_step(here, Step(step, self.epoch, values[-1]))
+                if self.halves is not None:
+                    self.halves.follow(course.parameters.values())
         return float(values[-1])
 
     def _move(self) -> None:
         """The optimiser's step, unless the backward pass was it."""
         if isinstance(self.optimizer, optimizers.InBackward):
+            return
+        if isinstance(self.optimizer, halves.Optimizer):
+            self.optimizer.step()
             return
         for course in self.courses:
             trained = list(course.parameters.values())
@@ -471,6 +483,8 @@ class _Run:
         return contextlib.nullcontext()
 
     def _multiplying(self) -> contextlib.AbstractContextManager[Any]:
+        if self.halves is not None:
+            return self.halves.multiplying()
         bf16 = self.recipe.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16)
 
@@ -612,6 +626,19 @@ class Share:
         mine = list(part[processes.rank() :: processes.count()])
         weight = len(mine) / total * processes.count() if total else 0.0
         return cls(mine or list(part[:1]), weight)
+
+
+def _copies_pay(recipe: Recipe, device: torch.device, network: Any) -> bool:
+    """Whether products in bf16 are made with copies of the weights (``halves``): on a processor,
+    where a step is one backward pass of one process; else by autocast."""
+    return (
+        recipe.precision == "bf16"
+        and device.type == "cpu"
+        and recipe.accumulate == 1
+        and not recipe.in_backward
+        and processes.count() == 1
+        and halves.Halves.suit(network)
+    )
 
 
 def _check_processes(recipe: Recipe) -> None:
