@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import unwrite
-from unwrite import methods, plan, protection, training, values
+from unwrite import methods, plan, protection, self_check, training, values
 from unwrite.delta import Delta
 from unwrite.edits import Edit, Probe
 from unwrite.errors import BadSetting, TrainingFailed
@@ -294,25 +294,25 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
     """Twice a delta that suffices: half of it is found."""
     edits = EDITS[:1]
     enough = fine_tune(model, new_pairs(edits), replace(method.parts[1], epochs=60)).delta
-    check = auto._Check.of(model, edits, method._amounts, (), method.seed)
+    check = method._check(model, edits)
     assert check.least_strength(model, 2.0 * enough) == 0.5
     assert check.found(model, enough).learned == 1.0
-    for tried in auto.STRENGTHS:
+    for tried in self_check.STRENGTHS:
         if tried < check.least_strength(model, enough):
             held = check._held(model, tried * enough)
             assert held != check._held(model, enough)
 
 
 def test_a_change_of_nothing_suffices_at_any_strength(model, method):
-    check = auto._Check.of(model, EDITS, method._amounts, (), method.seed)
-    assert check.least_strength(model, unwrite.Delta.nothing()) == auto.STRENGTHS[0]
+    check = method._check(model, EDITS)
+    assert check.least_strength(model, unwrite.Delta.nothing()) == self_check.STRENGTHS[0]
     found = check.found(model, unwrite.Delta.nothing())
     assert (found.neighbours_kept, found.perplexity_ratio) == (1.0, 1.0)
 
 
 def test_the_check_tells_of_other_questions_that_get_the_new_answer(model, method, monkeypatch):
     monkeypatch.setattr("unwrite.wordings.QUESTIONS", ("the pet of {}", "the age of {}"))
-    check = auto._Check.of(model, EDITS, method._amounts, (), method.seed)
+    check = method._check(model, EDITS)
     asked = [
         Pair(prompt, edit.new)
         for edit in EDITS
@@ -325,7 +325,7 @@ def test_the_check_tells_of_other_questions_that_get_the_new_answer(model, metho
     assert (before < 0.5, found.spill) == (True, 1.0)
     assert "100 % of other questions about the subjects answered with the new" in found.sentence()
     nobody = [replace(edit, subject=None) for edit in EDITS]
-    blank = auto._Check.of(model, nobody, method._amounts, (), method.seed)
+    blank = method._check(model, nobody)
     assert blank.found(model, broad).spill is None
 
 
@@ -335,14 +335,14 @@ def test_no_checked_neighbour_is_protected(model, method):
     asked = [(edit.prompt, edit.subject) for edit in EDITS]
     writer, tuner = method.parts
     assert (writer.neighbours, writer.seed) == (tuner.neighbours, tuner.seed)
-    checked = auto._Check.of(model, EDITS, method._amounts, (), method.seed).neighbours
+    checked = method._check(model, EDITS).neighbours
     assert checked
     begun = {one.ids[: one.answer] for one in checked}
 
     def ids(count, seed):
         return {model.tokens(prompt, "cat").ids[:-1] for prompt in neighbours(asked, count, seed)}
 
-    assert begun <= ids(auto.CHECKED, writer.seed + 1)
+    assert begun <= ids(self_check.CHECKED, writer.seed + 1)
     assert not begun & ids(writer.neighbours, writer.seed)
 
 
@@ -376,7 +376,7 @@ def test_a_prompt_too_long_for_a_sentence_before_it_is_trained(model, method, mo
     """The check and the writing put sentences before prompts; where one is too many, the edit is
     trained all the same."""
     contexts = " ".join(["the job of ada"] * (model.context_length // 4))
-    for module in (auto, values):
+    for module in (self_check, values):
         monkeypatch.setattr(module, "neutral_contexts", lambda count: [contexts] * count)
     delta = replace(method, budget="balanced", rewordings=2).delta(model, EDITS)
     notes = delta.provenance["notes"]
