@@ -14,6 +14,7 @@ from unwrite.methods.full_ft import FullFT
 from unwrite.methods.probes import answers, run
 from unwrite.model import Model
 from unwrite.selection import select
+from unwrite.training import new_pairs
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,22 @@ class MeanOfSeeds:
 
 
 @dataclass(frozen=True)
+class MeanOfWritings:
+    """The mean of what ``auto`` would write under several seeds, then its training of the rest."""
+
+    seeds: int = 3
+    of: Auto = field(default_factory=Auto)
+
+    name: ClassVar[str] = "mean-of-writings"
+
+    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+        total = MeanOfSeeds(self.seeds, replace(self.of, epochs=0)).delta(model, edits)
+        rest = self.of.parts[-1]
+        assert isinstance(rest, FullFT)
+        return (total + rest.train(model, new_pairs(edits), start=total).delta).in_memory()
+
+
+@dataclass(frozen=True)
 class WithoutSubjects:
     """``auto`` on edits that do not say what their subject is."""
 
@@ -79,10 +96,14 @@ class WithoutSubjects:
         return self.of.delta(model, [replace(edit, subject=None) for edit in edits])
 
 
-INGREDIENTS: dict[str, ForgetFirst | InConflict | MeanOfSeeds | WithoutSubjects] = {
+INGREDIENTS: dict[
+    str, ForgetFirst | InConflict | MeanOfSeeds | MeanOfWritings | WithoutSubjects
+] = {
     "auto, forgetting first": ForgetFirst(),
     "auto, only what is in conflict": InConflict(),
     "auto, mean of three seeds": MeanOfSeeds(),
+    "auto, mean of three writings": MeanOfWritings(),
+    "auto, mean of three writings, firmly": MeanOfWritings(of=Auto(stop=0.1)),
     "auto, subjects guessed": WithoutSubjects(),
     "auto, subjects unknown": WithoutSubjects(Auto(guess_subjects=False)),
     "auto, subjects unknown, own prompts too": WithoutSubjects(

@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "auto, balanced": {"method": "auto", "budget": "balanced"},
     "auto, thorough": {"method": "auto", "budget": "thorough"},
     "auto, firmly": {"method": "auto", "stop": "0.1"},
+    "auto, thorough, firmly": {"method": "auto", "budget": "thorough", "stop": "0.1"},
     "auto without rewordings": {"method": "auto", "rewordings": "0"},
     "auto, all trained": {"method": "auto", "train": "always", "epochs": "3"},
     "auto without training": {"method": "auto", "epochs": "0"},

@@ -26,6 +26,7 @@ def blocks() -> dict[str, list[str]]:
     result = measured("auto_study")
     tables = [] if result is None else result["tables"]
     sequence = measured("auto_sequence")
+    chosen = measured("auto_sequence_development")
     return {
         **{f"auto, {split}": lines(tables, split) for split in ("test", "development")},
         "auto, second": lines(tables, "test", second_model.NAME),
@@ -33,6 +34,7 @@ def blocks() -> dict[str, list[str]]:
         "auto, time": time_lines(measured("auto_time")),
         "auto, bystanders": bystander_lines(measured("moved_bystanders")),
         "auto, sequence": sequence_lines(sequence["rows"] if sequence else []),
+        "auto, sequence, development": sequence_lines(chosen["rows"] if chosen else []),
         "auto, subjects": subject_lines(measured("subject_guesses")),
     }
 

@@ -303,6 +303,15 @@ def test_the_least_strength_that_suffices_is_taken(model, method):
             assert held != check._held(model, enough)
 
 
+def test_prompts_of_its_own_stand_beside_what_is_to_be_protected():
+    def kept(**settings):
+        return {part.own_prompts for part in Auto(**settings).parts if isinstance(part, FullFT)}
+
+    assert kept() == {auto.BUDGETS["fast"].own_prompts}
+    assert kept(protect=("a",)) == {auto.OWN_BESIDE_PROTECTED}
+    assert kept(protect=("a",), own_prompts=7) == {7}
+
+
 def test_a_change_of_nothing_suffices_at_any_strength(model, method):
     check = method._check(model, EDITS)
     assert check.least_strength(model, unwrite.Delta.nothing()) == self_check.STRENGTHS[0]

@@ -22,6 +22,7 @@ from unwrite import Edit, FullFT
 from unwrite.edits import Probe, write_edits
 from unwrite.methods.auto import Auto
 from unwrite.neighbours import bundled_subjects
+from unwrite.training import learned, new_pairs
 
 
 @pytest.fixture
@@ -152,14 +153,17 @@ def test_spill_is_the_share_of_other_questions_that_get_the_new_answer(worlds):
 
 def test_a_sequence_tells_what_is_left_of_earlier_updates(tmp_path, monkeypatch, worlds):
     world = worlds()
-    monkeypatch.setattr(auto_sequence, "METHODS", {"full-ft": "full-ft:epochs=40:lr=1e-3"})
+    monkeypatch.setitem(
+        auto_sequence.ASKED, "development", {"full-ft": "full-ft:epochs=40:lr=1e-3"}
+    )
     monkeypatch.setattr(auto_sequence, "DATA", {"counterfact": ("edits.jsonl", 0)})
     write_edits(tmp_path / "edits.jsonl", world.edits[:4])
     options = Namespace(
         data=tmp_path,
         work=tmp_path / "work",
         base=str(world.folder),
-        only="full-ft",
+        only=None,
+        split="development",
         updates=2,
         edits=2,
         seeds=1,
@@ -235,6 +239,25 @@ def test_a_mean_over_one_seed_is_that_seed(worlds):
     for name in both:
         expected = (one[name].dense() + other[name].dense()) / 2
         torch.testing.assert_close(both[name].dense(), expected)
+
+
+def test_a_mean_of_writings_is_trained_where_answers_are_wrong(worlds, monkeypatch):
+    model, edits = unwrite.load(worlds().folder), worlds().edits[:3]
+    asked = []
+
+    def written(self, model, edits):
+        asked.append((self.seeds, self.of.epochs, self.of.stop))
+        return FullFT(lr=1e-3, epochs=60).delta(model, edits[:1])
+
+    monkeypatch.setattr(auto_ingredients.MeanOfSeeds, "delta", written)
+    method = Auto(lr=1e-3, neighbours=0, stop=0.2)
+    first = written(auto_ingredients.MeanOfSeeds(), model, edits)
+    with model.shifted(first):
+        assert not all(learned(model, new_pairs(edits)))
+    delta = auto_ingredients.MeanOfWritings(2, method).delta(model, edits)
+    assert asked[-1] == (2, 0, 0.2)
+    with model.shifted(delta):
+        assert all(learned(model, new_pairs(edits)))
 
 
 def same(one, other):

@@ -19,6 +19,7 @@ from unwrite.training import Trained, new_pairs
 
 EPOCHS = 40  # of training at most: each goes through what is still wrong only
 EVERY_ROW = 12  # epochs of every row at first, where nothing was written
+OWN_BESIDE_PROTECTED = 100  # prompts of the model's own at least, where answers are to be protected
 
 
 class _Budget(NamedTuple):
@@ -62,11 +63,13 @@ class Auto:
     about the subject. ``closed``: the share of the way to the values that is written at least,
     unless all answers are right before (``MEMIT``). ``budget`` decides how much of each is done
     (``BUDGETS``); ``rewordings``, ``neighbours`` (of every edit, to be kept) and ``own_prompts`` go
-    before it where they are given. ``epochs``: of training at most (by default ``EPOCHS``, with 0
-    nothing is trained). ``write=False`` leaves out the first step. Step 3 is made with
-    ``least=True`` only: what it gains in neighbours it costs in wordings (docs/results.md).
-    Paraphrases and bystanders are never read: the notes say what the check found on prompts made
-    from the edits alone.
+    before it where they are given. Where there is something to ``protect``, as after earlier
+    updates of a home, training is likely, and without prompts of the model's own perplexity would
+    rise with every update: then there are ``OWN_BESIDE_PROTECTED`` at least. ``epochs``: of
+    training at most (by default ``EPOCHS``, with 0 nothing is trained). ``write=False`` leaves out
+    the first step. Step 3 is made with ``least=True`` only: what it gains in neighbours it costs in
+    wordings (docs/results.md). Paraphrases and bystanders are never read: the notes say what the
+    check found on prompts made from the edits alone.
 
     Edits without a subject get the one that their prompt suggests (``subjects.guessed_subject``),
     unless ``guess_subjects=False``. In a home, ``keep_earlier`` protects what live updates taught,
@@ -122,7 +125,11 @@ class Auto:
             for name in ("rewordings", "neighbours", "own_prompts")
             if (value := getattr(self, name)) is not None
         }
-        return BUDGETS[self.budget]._replace(**given)
+        amounts = BUDGETS[self.budget]
+        if self.protect:
+            least = max(amounts.own_prompts, OWN_BESIDE_PROTECTED)
+            amounts = amounts._replace(own_prompts=least)
+        return amounts._replace(**given)
 
     @property
     def _writer(self) -> MEMIT | None:
