@@ -22,7 +22,12 @@ from benchmarks.measure import write
 from benchmarks.planted_study import DATA, ROLES, rows_of
 from unwrite import compare
 
-METHODS = {"full-ft": "full-ft", "memit": "memit", "auto": "auto"}
+METHODS = {
+    "full-ft": "full-ft",
+    "memit": "memit",
+    "auto": "auto",
+    "auto, own_prompts=0": "auto:own_prompts=0",
+}
 ASKED = {
     "test": METHODS,
     "development": {
