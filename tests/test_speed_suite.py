@@ -7,9 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from gradients import some_pairs
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import adapter_merge, floors, growth, measure, run, undo
+from benchmarks import adapter_merge, fisher, floors, growth, measure, run, undo
+from unwrite.forgetting.fisher import fisher_diagonal
 from unwrite.model import Model
 from unwrite.training import row_losses
 
@@ -151,3 +153,15 @@ def test_an_adapter_merged_by_both_is_the_same_model(worlds, tmp_path, monkeypat
     result = json.loads((tmp_path / "adapter_merge.json").read_text("utf-8"))
     assert result["largest_difference"] < 1e-6
     assert set(result["seconds"]) == {"peft", "unwrite", "copy"}
+
+
+@pytest.mark.parametrize("loss", [fisher.our_loss, fisher.transformers_loss])
+def test_what_the_fisher_diagonal_is_timed_against_computes_the_same(worlds, loss):
+    world = worlds()
+    model = Model.load(world.folder)
+    pairs = some_pairs(world)
+    expected = fisher.one_by_one(model, pairs, loss)
+    found = fisher_diagonal(model, pairs)
+    for name, change in found.items():
+        scale = float(expected[name].abs().max())
+        assert torch.allclose(change.dense(), expected[name], rtol=1e-4, atol=1e-5 * scale), name
