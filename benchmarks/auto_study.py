@@ -46,8 +46,21 @@ VARIANTS: dict[str, dict[str, str]] = {
     "auto": {"method": "auto"},
     "auto, balanced": {"method": "auto", "budget": "balanced"},
     "auto, thorough": {"method": "auto", "budget": "thorough"},
+    "auto, balanced, not refined": {"method": "auto", "budget": "balanced", "refine": "0"},
+    "auto, 21 rewordings, not refined": {
+        "method": "auto",
+        "budget": "balanced",
+        "rewordings": "21",
+        "refine": "0",
+    },
+    "auto, thorough, not refined": {"method": "auto", "budget": "thorough", "refine": "0"},
     "auto, firmly": {"method": "auto", "stop": "0.1"},
-    "auto, thorough, firmly": {"method": "auto", "budget": "thorough", "stop": "0.1"},
+    "auto, thorough, firmly": {
+        "method": "auto",
+        "budget": "thorough",
+        "stop": "0.1",
+        "refine": "0",
+    },
     "auto without rewordings": {"method": "auto", "rewordings": "0"},
     "auto, all trained": {"method": "auto", "train": "always", "epochs": "3"},
     "auto without training": {"method": "auto", "epochs": "0"},
@@ -68,7 +81,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "delicate": {"method": "delicate"},
 }
 NAMES = (*VARIANTS, *INGREDIENTS)
-REPORTED = ("full-ft", "memit", "auto", "auto, thorough")
+REPORTED = ("full-ft", "memit", "auto", "auto, balanced", "auto, thorough")
 PLANTED = ("counterfact", "zsre")  # kinds whose old answers are taught first
 BASES = ("smollm2-135m", second_model.NAME)
 DRAWING = ("base", "split", "kind", "facts")  # what stands in one table

@@ -35,13 +35,15 @@ def model(worlds):
 @pytest.fixture(autouse=True)
 def toy_sized(tmp_path, monkeypatch):
     """Neighbours that the toy world knows, no wording but its own, a corpus of few tokens, one
-    layer, training that is as fast as a toy needs it."""
+    layer, refining that is as short and training that is as fast as a toy needs it."""
     monkeypatch.setenv("UNWRITE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unwrite.neighbours.bundled_subjects", lambda: list(PEOPLE[6:]))
     budgets = {
-        name: one._replace(rewordings=0, own_prompts=0) for name, one in auto.BUDGETS.items()
+        name: one._replace(rewordings=0, own_prompts=0, refine=min(one.refine, 10))
+        for name, one in auto.BUDGETS.items()
     }
     monkeypatch.setattr(auto, "BUDGETS", budgets)
+    monkeypatch.setattr(auto, "REFINED_ON", 0)
     plain = Auto._writer.fget
 
     def small(self):
@@ -280,7 +282,7 @@ def test_the_least_of_it_is_a_fraction_of_the_whole(model, method):
 
 
 def test_what_cannot_be_written_is_trained(model, method, monkeypatch):
-    def fails(self, model, edits):
+    def fails(self, model, edits, protect):
         raise TrainingFailed("Nothing was changed, because none of 4 edits can be written.")
 
     monkeypatch.setattr(MEMIT, "delta", fails)
@@ -310,6 +312,36 @@ def test_prompts_of_its_own_stand_beside_what_is_to_be_protected():
     assert kept() == {auto.BUDGETS["fast"].own_prompts}
     assert kept(protect=("a",)) == {auto.OWN_BESIDE_PROTECTED}
     assert kept(protect=("a",), own_prompts=7) == {7}
+
+
+def test_what_is_written_is_refined_where_the_budget_says_so(monkeypatch):
+    def writer(**settings):
+        return Auto(**settings)._writer
+
+    monkeypatch.setattr(auto, "REFINED_ON", 30)
+    assert writer().refine == writer().refine_rewordings == writer().own_prompts == 0
+    assert writer(own_prompts=7).own_prompts == 0  # they are for training then
+    for budget in ("balanced", "thorough"):
+        amounts = auto.BUDGETS[budget]
+        assert writer(budget=budget).refine == amounts.refine > 0
+        assert writer(budget=budget).own_prompts == amounts.own_prompts
+        assert writer(budget=budget).refine_rewordings == auto.REFINED_ON
+        assert writer(budget=budget, refine=0).refine == 0
+    assert writer(refine=3).refine == 3
+    with pytest.raises(BadSetting, match="refine"):
+        Auto(refine=-1)
+
+
+def test_what_is_to_be_protected_stays_while_it_is_refined(model, method, monkeypatch):
+    asked = []
+    written = MEMIT.delta
+    monkeypatch.setattr(
+        MEMIT, "delta", lambda *all: asked.append(all[3]) or written(*all[:3], protect=all[3])
+    )
+    delta = replace(method, refine=2, protect=("the pet of hugo",)).delta(model, EDITS)
+    assert asked == [("the pet of hugo",)]
+    assert any("refined" in one for one in delta.provenance["notes"]["sentences"])
+    assert delta.provenance["notes"]["refine"] == 2
 
 
 def test_a_change_of_nothing_suffices_at_any_strength(model, method):
@@ -414,9 +446,11 @@ def test_a_plan_counts_its_training_and_its_writing(worlds, monkeypatch):
     always = replace(tuner, skip_right=False)
     assert list(plan._recipes(Auto(train="always"))) == [(always, 1.0)]
     monkeypatch.setattr(plan, "_speeds", lambda: (1e9, 1e9))
-    writing = plan._search_seconds(Auto(), tokens=100, parameters=1000, speed=1e6)
-    assert writing == plan._search_seconds(Auto().parts[0], 100, 1000, 1e6) > 0
-    assert plan._search_seconds(unwrite.FullFT(), 100, 1000, 1e6) == 0
+    writing = plan._search_seconds(Auto(), edits=10, tokens=100, parameters=1000, speed=1e6)
+    assert writing == plan._search_seconds(Auto().parts[0], 10, 100, 1000, 1e6) > 0
+    refined = plan._search_seconds(Auto(refine=100), 10, 100, 1000, 1e6)
+    assert refined == plan._search_seconds(Auto(refine=100).parts[0], 10, 100, 1000, 1e6) > writing
+    assert plan._search_seconds(unwrite.FullFT(), 10, 100, 1000, 1e6) == 0
     plans = [
         plan.for_model(str(worlds().folder), Auto(budget=budget), folder=worlds().folder)
         for budget in ("fast", "thorough")

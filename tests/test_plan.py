@@ -185,6 +185,20 @@ def test_seeking_values_counts_edits_steps_and_contexts(worlds):
     assert few > 0
     assert seconds(steps=20, contexts=0) == pytest.approx(2 * few)
     assert seconds(steps=10, contexts=2) == pytest.approx(2 * few)
+    refined = seconds(steps=10, contexts=0, refine=100)
+    assert seconds(steps=10, contexts=0, refine=200) - few == pytest.approx(2 * (refined - few))
+    assert refined > few
+
+
+def test_what_is_kept_while_refining_needs_memory(worlds):
+    folder, edits = worlds().folder, worlds().edits[:4]
+    assert "protected answers" not in plan.for_model(folder, unwrite.MEMIT(), edits).parts
+
+    def kept_answers(own_prompts):
+        refining = unwrite.MEMIT(refine=1, neighbours=2, own_prompts=own_prompts)
+        return plan.for_model(folder, refining, edits).parts["protected answers"]
+
+    assert kept_answers(100) > kept_answers(50) > 0
 
 
 def test_one_trained_layer_needs_no_more_memory_than_adapters(worlds, parameters):

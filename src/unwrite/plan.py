@@ -31,10 +31,12 @@ from unwrite.files import readable_size
 from unwrite.footprint import Footprint, Layout, Work
 from unwrite.kept import ANSWER_TOKENS_KEPT, numbers_kept
 from unwrite.methods.lora import LoRA
+from unwrite.methods.memit import MEMIT
 from unwrite.model import Skeleton, outline
 from unwrite.observe import neutral_text, questions
 from unwrite.pretrained import BUILT_IN, HUB_ID, Source, resolve
 from unwrite.progress import Reporter, Silent
+from unwrite.refining import KEPT_A_STEP, TEXTS_A_STEP
 from unwrite.training import Recipe, share_left
 from unwrite.values import Search
 
@@ -144,7 +146,7 @@ def for_model(
     # Every probe is read once with its answer and once before generating, before and after.
     reading = 2 * 2 * parameters * (2 * probe_tokens + len(neutral_text()) / 4) / speed
     writing = 2 * 2 * parameters * probes * GENERATION_STEPS / speed
-    train += _search_seconds(method, tokens, parameters, speed)
+    train += _search_seconds(method, count, tokens, parameters, speed)
     train /= layout.processes
     full = any(_trains_all(one) for one, _ in recipes)
     shape = _Shape(network, Anatomy.of(network), longest, probe_tokens, count)
@@ -286,6 +288,8 @@ class _Shape:
         weights = footprint.FP32 * sum(one.numel() for one in self.network.parameters())
         if isinstance(method, Search) or not found:
             search = {"weights": weights, "search": BYTES_OF_SEARCH}
+            if isinstance(method, MEMIT) and method.refine:
+                search["protected answers"] = self._protected(method)
             found.append(Footprint(search, dict.fromkeys(search, where), 0))
         most = max(found, key=lambda one: one.total(where))
         parts = {name: size for name, size in most.parts.items() if most.where[name] == where}
@@ -317,9 +321,10 @@ class _Shape:
             found.where["protected answers"] = "host"
         return found
 
-    def _protected(self, recipe: Recipe) -> int:
+    def _protected(self, recipe: Recipe | MEMIT) -> int:
         """Bytes of what is kept of the answers to protected prompts, at their longest."""
-        prompts = len(recipe.protect) + recipe.neighbours * self.edits + recipe.own_prompts
+        prompts = recipe.neighbours * self.edits + recipe.own_prompts
+        prompts += len(recipe.protect) if isinstance(recipe, Recipe) else 0
         vocabulary, width = self.network.get_output_embeddings().weight.shape
         positions = int(prompts) * ANSWER_TOKENS_KEPT
         return footprint.FP32 * numbers_kept(positions, vocabulary, width)
@@ -413,15 +418,20 @@ def _trains_all(recipe: Recipe) -> bool:
     return not isinstance(recipe, LoRA) and getattr(recipe, "layer", "all") == "all"
 
 
-def _search_seconds(method: Any, tokens: int, parameters: int, speed: float) -> float:
+def _search_seconds(method: Any, edits: int, tokens: int, parameters: int, speed: float) -> float:
     """Seeking values (ROME, MEMIT): all texts of an edit that a step looks at, forward and back to
-    the value; about half of the steps are needed. Without the second moments, which are computed
-    once for a model."""
-    return sum(
-        4.0 * parameters * tokens * search.texts_at_once * search.steps / 2 / speed
+    the value; about half of the steps are needed. Refining reads a few texts a step, forward and
+    back. Without the second moments, which are computed once for a model."""
+    read = sum(
+        tokens * search.texts_at_once * search.steps / 2
+        + tokens
+        / edits
+        * (TEXTS_A_STEP + KEPT_A_STEP)
+        * (search.refine if isinstance(search, MEMIT) else 0)
         for search in (method, *methods.parts_of(method))
         if isinstance(search, Search)
     )
+    return 4.0 * parameters * read / speed
 
 
 def _train_seconds(

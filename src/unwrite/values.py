@@ -139,7 +139,7 @@ def find_values(
     parts: list[tuple[list[int], Values]] = []
     with (
         model.progress.stage("seeking values", len(edits)) as advance,
-        _frozen(model),
+        frozen(model),
         freed_memory_is_kept(model.largest_tensor),
     ):
         for chunk in _chunks(longest, search.texts_at_once):
@@ -169,7 +169,7 @@ def _chunks(longest: Sequence[int], rows_per_fact: int) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _frozen(model: Model) -> Iterator[None]:
+def frozen(model: Model) -> Iterator[None]:
     """Within the block no parameter asks for a gradient: only the values do."""
     asking = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     for parameter in asking:

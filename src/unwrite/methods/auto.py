@@ -18,24 +18,27 @@ from unwrite.subjects import guessed_subject
 from unwrite.training import Trained, new_pairs
 
 EPOCHS = 40  # of training at most: each goes through what is still wrong only
+REFINED_ON = 30  # rewordings of every prompt
 EVERY_ROW = 12  # epochs of every row at first, where nothing was written
 OWN_BESIDE_PROTECTED = 100  # prompts of the model's own at least, where answers are to be protected
 
 
 class _Budget(NamedTuple):
     """What an update may cost: rewordings that a value is sought for and steps of that search,
-    made-up neighbours of every edit, and prompts of the model's own."""
+    made-up neighbours of every edit, prompts of the model's own, and steps in which what is written
+    is refined."""
 
     rewordings: int
     steps: int
     neighbours: int
     own_prompts: int
+    refine: int
 
 
 BUDGETS = {
-    "fast": _Budget(rewordings=12, steps=20, neighbours=2, own_prompts=0),
-    "balanced": _Budget(rewordings=21, steps=30, neighbours=4, own_prompts=200),
-    "thorough": _Budget(rewordings=30, steps=40, neighbours=8, own_prompts=400),
+    "fast": _Budget(rewordings=12, steps=20, neighbours=2, own_prompts=0, refine=0),
+    "balanced": _Budget(rewordings=12, steps=20, neighbours=4, own_prompts=200, refine=100),
+    "thorough": _Budget(rewordings=30, steps=40, neighbours=8, own_prompts=400, refine=100),
 }
 
 
@@ -46,7 +49,8 @@ class Auto:
     1. Edits whose subject stands once in the prompt are written at that subject into the MLPs of
        some layers (``MEMIT``), for the prompt and for what is left of it when words are missing
        (``rewordings``), while made-up neighbours stay. That carries over to other wordings as
-       training does not.
+       training does not. What is written is then refined as it stands together (``refine`` steps,
+       not with the budget ``fast``).
     2. Where a new answer is not right by then, or one to ``protect`` no longer what it was, all
        weights are trained (``FullFT``) from there until they are, on those alone (``skip_right``),
        with the model's answers *before the update* to ``protect``, to made-up neighbours and to
@@ -62,10 +66,10 @@ class Auto:
     wordings follow, and the more often the new answer also comes up where something else is asked
     about the subject. ``closed``: the share of the way to the values that is written at least,
     unless all answers are right before (``MEMIT``). ``budget`` decides how much of each is done
-    (``BUDGETS``); ``rewordings``, ``neighbours`` (of every edit, to be kept) and ``own_prompts`` go
-    before it where they are given. Where there is something to ``protect``, as after earlier
-    updates of a home, training is likely, and without prompts of the model's own perplexity would
-    rise with every update: then there are ``OWN_BESIDE_PROTECTED`` at least. ``epochs``: of
+    (``BUDGETS``); ``rewordings``, ``neighbours`` (of every edit, to be kept), ``own_prompts`` and
+    ``refine`` go before it where they are given. Where there is something to ``protect``, as after
+    earlier updates of a home, training is likely, and without prompts of the model's own perplexity
+    would rise with every update: then there are ``OWN_BESIDE_PROTECTED`` at least. ``epochs``: of
     training at most (by default ``EPOCHS``, with 0 nothing is trained). ``write=False`` leaves out
     the first step. Step 3 is made with ``least=True`` only: what it gains in neighbours it costs in
     wordings (docs/results.md). Paraphrases and bystanders are never read: the notes say what the
@@ -98,6 +102,7 @@ class Auto:
     closed: float = field(default=0.65, metadata={"later": True})
     train: Literal["needed", "always"] = field(default="needed", metadata={"later": True})
     guess_subjects: bool = field(default=True, metadata={"later": True})
+    refine: int | None = field(default=None, metadata={"later": True})
 
     name: ClassVar[str] = "auto"
     paper: ClassVar[str] = "ours; MEMIT (2210.07229), then fine-tuning under a KL penalty"
@@ -122,7 +127,7 @@ class Auto:
     def _amounts(self) -> _Budget:
         given = {
             name: value
-            for name in ("rewordings", "neighbours", "own_prompts")
+            for name in ("rewordings", "neighbours", "own_prompts", "refine")
             if (value := getattr(self, name)) is not None
         }
         amounts = BUDGETS[self.budget]
@@ -130,6 +135,10 @@ class Auto:
             least = max(amounts.own_prompts, OWN_BESIDE_PROTECTED)
             amounts = amounts._replace(own_prompts=least)
         return amounts._replace(**given)
+
+    @property
+    def _refined_on(self) -> int:
+        return REFINED_ON if self._amounts.refine else 0
 
     @property
     def _writer(self) -> MEMIT | None:
@@ -143,6 +152,9 @@ class Auto:
             preserve=self.preserve,
             closed=self.closed,
             neighbours=self._amounts.neighbours,
+            refine=self._amounts.refine,
+            refine_rewordings=self._refined_on,
+            own_prompts=self._amounts.own_prompts if self._amounts.refine else 0,
             seed=self.seed,
         )
 
@@ -172,7 +184,7 @@ class Auto:
         return SelfCheck.of(
             model,
             edits,
-            taught_behind=self._amounts.rewordings // 2,
+            taught_behind=max(self._amounts.rewordings, self._refined_on) // 2,
             neighbours_kept=self._amounts.neighbours,
             protect=self.protect,
             seed=self.seed,
@@ -191,7 +203,7 @@ class Auto:
         if self.guess_subjects:
             edits, guessed = _with_subjects(edits)
         check = self._check(model, edits)
-        total, said = _written(model, edits, self._writer)
+        total, said = _written(model, edits, self._writer, self.protect)
         notes: dict[str, Any] = {"budget": self.budget, **self._amounts._asdict()}
         if self.train == "needed" and len(total) and check.nothing_wants(model, edits, total):
             said.append("Every new answer is right as it was written, so nothing was trained.")
@@ -239,7 +251,9 @@ def _with_subjects(edits: Sequence[Edit]) -> tuple[list[Edit], list[str]]:
     ]
 
 
-def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple[Delta, list[str]]:
+def _written(
+    model: Model, edits: Sequence[Edit], writer: MEMIT | None, protect: Sequence[str]
+) -> tuple[Delta, list[str]]:
     """What can be written at subjects, and sentences about it."""
     if writer is None:
         return Delta.nothing(), []
@@ -249,7 +263,7 @@ def _written(model: Model, edits: Sequence[Edit], writer: MEMIT | None) -> tuple
     if not writable:
         return Delta.nothing(), [rest]
     try:
-        written = writer.delta(model, writable).in_memory()
+        written = writer.delta(model, writable, protect).in_memory()
     except (TrainingFailed, NotWritable) as error:  # not one can be written: they are trained
         return Delta.nothing(), [str(error), rest] if left else [str(error)]
     sentences = written.provenance["notes"]["sentences"]

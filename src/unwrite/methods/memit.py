@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -23,9 +23,12 @@ from unwrite.activations import (
 from unwrite.delta import Delta
 from unwrite.edits import Edit
 from unwrite.errors import BadEdits, BadSetting, NotWritable
+from unwrite.kept import KeptAnswers
 from unwrite.model import Model
 from unwrite.moments import Metric, Statistics, metrics
-from unwrite.neighbours import made_up
+from unwrite.neighbours import made_up, neighbours
+from unwrite.own_text import own_prompts
+from unwrite.refining import Written, refined
 from unwrite.trace import strongest_layer
 from unwrite.training import learned, new_pairs
 from unwrite.values import Search, find_values, notes, say_left_out, unfound
@@ -34,6 +37,8 @@ from unwrite.values import Search, find_values, notes, say_left_out, unfound
 # everything else to rows (facts, width) float64, so that the change is residual' @ rows. ``Reader``
 # makes one for each layer.
 Reader = Callable[[torch.Tensor, float], torch.Tensor]
+# What becomes of a change that was written for some edits.
+Refinement = Callable[[Sequence[Written], Sequence[Edit]], list[Written]]
 HALVINGS = 6  # of the weight of everything else, at most
 WORTH_HALVING = 1.05  # times as much of the way must be closed then
 
@@ -66,6 +71,11 @@ class MEMIT(Search, Statistics):
     halved, ``HALVINGS`` times at most and as long as that helps (two values for one subject cannot
     both be met). A weight that suits a hundred edits leaves three of them half-written. 0 is the
     paper's.
+
+    ``refine``: so many steps in which what was written is trained as it stands together (see the
+    module ``refining``), while the answers to the neighbours and to ``own_prompts`` prompts that
+    the model writes itself are to stay. 0 is the paper's. That costs the same however many texts
+    there are, so it may be on more rewordings than values are sought for: ``refine_rewordings``.
     """
 
     layers: Literal["trace"] | tuple[int | float, ...] = (0.14, 0.175, 0.21, 0.245, 0.28)
@@ -75,6 +85,9 @@ class MEMIT(Search, Statistics):
     neighbours: int = field(default=0, metadata={"later": True})
     neighbour_weight: float = field(default=10.0, metadata={"later": True})
     closed: float = field(default=0.0, metadata={"later": True})
+    refine: int = field(default=0, metadata={"later": True})
+    refine_rewordings: int = field(default=0, metadata={"later": True})
+    own_prompts: int = field(default=0, metadata={"later": True})
 
     name: ClassVar[str] = "memit"
     paper: ClassVar[str] = "Meng et al. 2023, Mass-Editing Memory in a Transformer (2210.07229)"
@@ -89,11 +102,18 @@ class MEMIT(Search, Statistics):
             raise BadSetting("neighbours and neighbour_weight must be at least 0.")
         if not 0 <= self.closed < 1:
             raise BadSetting(f"closed must be at least 0 and less than 1, not {self.closed}.")
+        if self.refine < 0 or self.refine_rewordings < 0 or self.own_prompts < 0:
+            raise BadSetting("refine, refine_rewordings and own_prompts must be at least 0.")
+        if (self.own_prompts or self.refine_rewordings) and not self.refine:
+            raise BadSetting(
+                "own_prompts and refine_rewordings are for refining only: give refine as well."
+            )
 
-    def delta(self, model: Model, edits: Sequence[Edit]) -> Delta:
+    def delta(self, model: Model, edits: Sequence[Edit], protect: Sequence[str] = ()) -> Delta:
         """One low-rank change a layer. Raises ``BadEdits`` for edits without one clear subject,
         ``TrainingFailed`` when no value is found for any, ``NotWritable`` for a network whose
-        blocks do not add what their MLPs give."""
+        blocks do not add what their MLPs give. ``protect``: prompts whose answers shall stay as
+        well while it refines."""
         texts = self.mentions(model, edits, self.seed)
         layers = layers_of(model, edits, self.layers)
 
@@ -103,7 +123,28 @@ class MEMIT(Search, Statistics):
             found, record = metrics(model, layers, keys, self, self._kept(model, edits, layers))
             return [partial(self._read, metric) for metric in found], record
 
-        return spread(model, edits, texts, layers, self, readers, self.closed)
+        refinement = self._refinement(model, edits, protect) if self.refine else None
+        return spread(model, edits, texts, layers, self, readers, self.closed, refinement)
+
+    def _refinement(
+        self, model: Model, edits: Sequence[Edit], protect: Sequence[str]
+    ) -> Refinement:
+        asked = [(edit.prompt, edit.subject) for edit in edits]
+        near = neighbours(asked, self.neighbours, self.seed)
+        own = own_prompts(model, self.own_prompts, self.seed)
+        taught = {edit.prompt for edit in edits}
+        prompts = [one for one in dict.fromkeys((*protect, *near, *own)) if one not in taught]
+        kept = KeptAnswers.of(model, prompts) if prompts else None
+
+        every = replace(self, rewordings=max(self.rewordings, self.refine_rewordings))
+
+        def refinement(written: Sequence[Written], edits: Sequence[Edit]) -> list[Written]:
+            texts = [text for group in every.mentions(model, edits, self.seed) for text in group]
+            return refined(
+                model, written, texts, kept, steps=self.refine, stop=self.stop, seed=self.seed
+            )
+
+        return refinement
 
     def _read(self, metric: Metric, keys: torch.Tensor, ease: float) -> torch.Tensor:
         read = metric.divide(keys)
@@ -146,10 +187,11 @@ def spread(
     search: Search,
     readers: Callable[[Callable[[], Sequence[torch.Tensor]]], tuple[list[Reader], dict[str, Any]]],
     closed: float = 0.0,
+    refinement: Refinement | None = None,
 ) -> Delta:
     """Seek the edits' values at the last layer and close the gap to them layer by layer, and again
     with half the weight for everything else until all answers are right or the share ``closed`` of
-    the gap is.
+    the gap is; then ``refinement``, if one is given.
 
     Raises ``NotWritable`` for a network whose blocks do not add what their MLPs give.
     ``readers`` makes a `Reader` a layer (from the edits' keys there, if it asks for them) and a
@@ -176,35 +218,37 @@ def spread(
             return grouped[:, 0]
         return (grouped[:, 0] + grouped[:, 1:].mean(dim=1)) / 2
 
-    def written(ease: float) -> tuple[Delta, list[float]]:
-        """The change, and the gap before and after every layer."""
-        total, gaps = Delta.nothing(), []
+    def written(ease: float) -> tuple[list[Written], list[float]]:
+        """What is added where, and the gap before and after every layer."""
+        parts: list[Written] = []
+        gaps = []
         for number, (layer, solve) in enumerate(zip(layers, solvers, strict=True)):
-            module = model.anatomy.mlp_out[layer]
-            with model.shifted(total):
+            with model.shifted(as_delta(model, parts)):
                 (rows,) = states(model, everything, [sites[number]])
                 (now,) = states(model, bare, [top])
             gap = (chosen.values - now).double()
             gaps.append(float(gap.norm(dim=1).mean()))
             share = gap / (len(layers) - number) / shares[number]
-            change = oriented(model, module, share.T, solve(keys_of(rows), ease))
-            total = total + Delta.from_changes({weight_name(model, module): change})
-        with model.shifted(total):
+            read = solve(keys_of(rows), ease)
+            parts.append(Written(model.anatomy.mlp_out[layer], share.T, read))
+        with model.shifted(as_delta(model, parts)):
             (now,) = states(model, bare, [top])
         gaps.append(float((chosen.values - now).norm(dim=1).mean()))
-        return total, [round(gap / gaps[0], 4) if gaps[0] else 0.0 for gap in gaps]
+        return parts, [round(gap / gaps[0], 4) if gaps[0] else 0.0 for gap in gaps]
 
-    def right(total: Delta) -> bool:
-        with model.shifted(total):
+    def right(parts: Sequence[Written]) -> bool:
+        with model.shifted(as_delta(model, parts)):
             return all(learned(model, taught))
 
     solvers, record = readers(lambda: [keys_of(rows) for rows in states(model, everything, sites)])
-    ease, (total, gaps) = 1.0, written(1.0)
-    while gaps[-1] > 1 - closed and ease > 0.5**HALVINGS and not right(total):
+    ease, (parts, gaps) = 1.0, written(1.0)
+    while gaps[-1] > 1 - closed and ease > 0.5**HALVINGS and not right(parts):
         more, further = written(ease / 2)
         if 1 - further[-1] < WORTH_HALVING * (1 - gaps[-1]):
             break
-        ease, total, gaps = ease / 2, more, further
+        ease, parts, gaps = ease / 2, more, further
+    if refinement is not None:
+        parts = refinement(parts, [edit for edit, keep in zip(edits, kept, strict=True) if keep])
     about = notes(record, left_out, "all at once", layers, len(edits))
     halved = f", with {ease:g} of the weight for everything else" if ease < 1 else ""
     about["sentences"].append(
@@ -213,9 +257,20 @@ def spread(
     )
     if closed:
         about["ease"] = ease
-    return Delta.from_changes(
-        {name: total[name] for name in total}, {"notes": about | {"gap": gaps}}
-    )
+    if refinement is not None:
+        about["sentences"].append("What was written was then refined as it stands together.")
+    return as_delta(model, parts, {"notes": about | {"gap": gaps}})
+
+
+def as_delta(
+    model: Model, parts: Sequence[Written], provenance: Mapping[str, Any] | None = None
+) -> Delta:
+    """The low-rank changes of the weights that give what was written."""
+    changes = {
+        weight_name(model, one.module): oriented(model, one.module, one.added, one.read)
+        for one in parts
+    }
+    return Delta.from_changes(changes, provenance)
 
 
 def _arriving(model: Model, layers: Sequence[int], place: Mention) -> list[float]:
