@@ -375,6 +375,7 @@ def test_a_method_of_somebody_else_works(home, worlds, tmp_path):
         (Nudge(tensor="no.such.weight"), TensorMismatch, "no.such.weight"),
         (Nudge(shape=(3, 3)), TensorMismatch, "shape"),
         (Nudge(step=float("nan")), UnwriteError, "finite"),
+        (Nudge(step=3e38), TrainingFailed, "no longer give numbers"),
         (Nudge(extra={"path": Path()}), BadSetting, "ledger"),
     ],
 )
@@ -601,6 +602,48 @@ def test_a_ledger_that_lost_lines_is_noticed(done, tmp_path, worlds):
     with pytest.raises(HomeError, match="lost its last lines"):
         home.update(worlds().edits[:4], QUICK)
     assert (home.folder / "updates" / update.id / "delta" / "delta.json").is_file()
+
+
+def rechained(home, change):
+    """The home with other ledger lines whose hashes are all in order."""
+    path = home.folder / "ledger.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()
+    ledger = Ledger(path, ())
+    for line in lines:
+        ledger = ledger.append(change(line))
+    return unwrite.open(home.folder)
+
+
+def test_a_state_that_is_not_the_recorded_one_is_noticed_though_every_hash_is_in_order(
+    done, tmp_path
+):
+    home = rechained(
+        copied(done[0], tmp_path),
+        lambda line: line | ({"fingerprint": "0" * 64} if line["do"] == "apply" else {}),
+    )
+    assert home.verify() == ["The recomposed state is not the one recorded in the ledger."]
+
+
+@pytest.mark.parametrize("id_", ["../../elsewhere", "..", "/elsewhere", "a/b", ""])
+def test_an_id_that_leads_elsewhere_is_no_id(done, tmp_path, snapshot, id_):
+    home, update = done
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copytree(update.folder, tmp_path / "elsewhere", dirs_exist_ok=True)
+    home = rechained(
+        copied(home, tmp_path), lambda line: line | ({"id": id_} if "id" in line else {})
+    )
+    before = snapshot(tmp_path)
+    for work in (
+        lambda: home.show(id_),
+        lambda: home.ask("ada works as a"),
+        lambda: home.undo(id_),
+        lambda: home.export(tmp_path / "exported"),
+    ):
+        with pytest.raises(DamagedFile, match="line 2 is damaged"):
+            work()
+    assert ["line 2 is damaged" in one for one in home.verify()] == [True]
+    assert snapshot(tmp_path) == before
 
 
 def test_damaged_weights_are_never_answered_or_committed(done, tmp_path, worlds):
