@@ -82,7 +82,7 @@ def test_no_steps_change_nothing(model, texts):
         assert torch.equal(after.added, before.added) and torch.equal(after.read, before.read)
 
 
-def test_half_written_answers_follow_and_what_reads_them_stays(model, texts):
+def test_half_written_answers_follow_and_the_model_stays(model, texts):
     weights = {name: tensor.clone() for name, tensor in model.weights.items()}
     plain = HALF.delta(model, EDITS)
     parts = [
@@ -93,12 +93,13 @@ def test_half_written_answers_follow_and_what_reads_them_stays(model, texts):
     was, now = (losses(model, texts, as_delta(model, one)) for one in (parts, after))
     assert float(now.mean()) < 0.5 * float(was.mean())
     for one, other in zip(parts, after, strict=True):
-        assert torch.equal(one.read, other.read) and not torch.equal(one.added, other.added)
+        assert one.added.shape == other.added.shape and one.read.shape == other.read.shape
+        assert not torch.equal(one.added, other.added) and not torch.equal(one.read, other.read)
     assert all(torch.equal(model.weights[name], one) for name, one in weights.items())
     assert all(one.requires_grad for one in model.network.parameters())
     again = refined(model, parts, texts, None, steps=200, stop=0.1, seed=0)
     for one, other in zip(after, again, strict=True):
-        assert torch.equal(one.added, other.added)
+        assert torch.equal(one.added, other.added) and torch.equal(one.read, other.read)
 
 
 def test_answers_that_are_firm_enough_pull_no_more(model, texts):
@@ -106,7 +107,7 @@ def test_answers_that_are_firm_enough_pull_no_more(model, texts):
     parts = drawn(model)
     after = refined(model, parts, texts, None, steps=5, stop=1e6, seed=0)
     for before, one in zip(parts, after, strict=True):
-        assert torch.equal(before.added, one.added)
+        assert torch.equal(before.added, one.added) and torch.equal(before.read, one.read)
 
 
 def test_answers_to_keep_move_less(model, texts):

@@ -2,11 +2,11 @@
 
 A value is sought for one fact alone, and the closed form that puts many of them in place takes the
 network between the layers for linear. So where all are written, some answers lead by too little,
-others by more than they need, and what else moves was never asked. Here the rows that read the
-subjects' keys stay as they are, and what is added where they fire is trained for all facts at once:
-on the same texts as the values, until each is answered as firmly, and under a penalty for every
-answer that moves (KL). A change of full rank could learn the prompts by heart; this one can only do
-more or less of what was written at the subjects.
+others by more than they need, and what else moves was never asked. Here what is added and the rows
+that say where are trained for all facts at once: on the same texts as the values, until each is
+answered as firmly, and under a penalty for every answer that moves (KL). A change of full rank
+could learn the prompts by heart; this one has as many directions as there are facts, begins at
+their subjects, and goes two per cent of the way in a step at most.
 
 Our own; no paper's.
 """
@@ -54,25 +54,21 @@ def refined(
     stop: float,
     seed: int,
 ) -> list[Written]:
-    """The same with other ``added``, fp32 on the CPU; the model is only read.
+    """The same with other ``added`` and ``read``, fp32 on the CPU; the model is only read.
 
     ``texts`` end in the answers to be given; one whose loss is below ``stop`` is firm enough and
     pulls no more. ``kept``: answers that shall stay. Texts and answers of a step are drawn by
-    ``seed``. Memory: three numbers for every number of ``added``, and the activations of a step.
+    ``seed``. Memory: four numbers for every number of both, and the activations of a step.
     Raises ``TrainingFailed`` when a loss is no longer a number.
     """
     sequences = [Tokens(text.ids, text.answer) for text in texts]
     device = model.device
     trained = [
-        Written(
-            one.module, one.added.to(device, torch.float32, copy=True), one.read.float().to(device)
-        )
+        Written(one.module, *(_moving(part, device) for part in (one.added, one.read)))
         for one in written
     ]
-    sizes = [float(one.added.square().mean().sqrt()) for one in trained]
-    for one in trained:
-        one.added.requires_grad_()
-    groups = [{"params": [one.added]} for one in trained]
+    groups = [{"params": [part]} for one in trained for part in (one.added, one.read)]
+    sizes = [float(one["params"][0].detach().square().mean().sqrt()) for one in groups]
     optimizer = torch.optim.Adam(groups, betas=DECAYS)
     draw = torch.Generator().manual_seed(seed)
     with (
@@ -100,7 +96,14 @@ def refined(
             loss.backward()
             optimizer.step()
             advance(1, Measured("loss", value))
-    return [Written(one.module, one.added.detach().cpu(), one.read.cpu()) for one in trained]
+    return [
+        Written(one.module, one.added.detach().cpu(), one.read.detach().cpu()) for one in trained
+    ]
+
+
+def _moving(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy in fp32 that asks for a gradient."""
+    return part.detach().to(device, torch.float32, copy=True).requires_grad_()
 
 
 @contextlib.contextmanager
